@@ -1,0 +1,46 @@
+# Everything runs in a virtual environment of the project's own: PYTHON makes it, nothing else is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint types check bench clean
+
+help:
+	@echo "make demo    the six operations, live; URL=redis://... shows them on a server of yours"
+	@echo "make test    the whole suite, on memory and on every server found"
+	@echo "make check   lint, types and the suite"
+	@echo "make bench   speed and memory, as ratios; writes bench.json"
+
+demo: $(VENV)/demo
+	@$(BIN)/sessiongate demo $(if $(URL),--url $(URL))
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: $(VENV)/dev
+	$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info bench.json
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "SessionGate needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps say which set of dependencies is in; `dev` holds all of `demo`.
+$(VENV)/demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[memory]'
+	@touch $@
+
+$(VENV)/dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[memory,fast,dev]'
+	@touch $@ $(VENV)/demo

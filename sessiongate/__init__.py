@@ -1,0 +1,35 @@
+"""Sessions with signed tokens and named payloads, on stock Redis."""
+
+from .errors import (
+    ArgumentError,
+    BadSignatureError,
+    ConfigurationError,
+    GateClosedError,
+    IdTakenError,
+    InvalidSessionError,
+    InvalidTokenError,
+    MalformedTokenError,
+    PayloadNotFoundError,
+    SessionGateError,
+    SessionNotFoundError,
+    WeakSignKeyWarning,
+)
+from .gate import SessionGate
+
+__all__ = [
+    "ArgumentError",
+    "BadSignatureError",
+    "ConfigurationError",
+    "GateClosedError",
+    "IdTakenError",
+    "InvalidSessionError",
+    "InvalidTokenError",
+    "MalformedTokenError",
+    "PayloadNotFoundError",
+    "SessionGate",
+    "SessionGateError",
+    "SessionNotFoundError",
+    "WeakSignKeyWarning",
+]
+
+__version__ = "0.1.0"

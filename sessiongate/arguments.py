@@ -1,0 +1,77 @@
+"""What a caller may pass: every limit, and the bytes that an argument becomes. No I/O here."""
+
+from datetime import timedelta
+
+from .errors import ArgumentError
+
+Data = str | bytes | bytearray | memoryview
+
+MAX_TTL_SECONDS = 100 * 365 * 24 * 60 * 60
+MAX_NAME_BYTES = 200
+MAX_DATA_BYTES = 8_000_000
+
+
+def ttl_arg(ttl: int | timedelta) -> bytes:
+    """The whole seconds of a ttl, in decimal."""
+    if isinstance(ttl, timedelta):
+        if ttl.microseconds:
+            raise ArgumentError(f"ttl is a whole number of seconds, not {ttl}")
+        ttl = ttl.days * 86_400 + ttl.seconds
+    elif not isinstance(ttl, int) or isinstance(ttl, bool):
+        raise ArgumentError(
+            f"ttl is a whole number of seconds (int) or a timedelta, not {type(ttl).__name__}"
+        )
+    if not 0 <= ttl <= MAX_TTL_SECONDS:
+        raise ArgumentError(f"ttl is 0 to {MAX_TTL_SECONDS} seconds (100 years)")
+    return b"%d" % ttl
+
+
+def field_arg(name: str) -> bytes:
+    """The hash field of a payload: its name behind a colon."""
+    if not isinstance(name, str):
+        raise ArgumentError(f"a payload's name is a str, not {type(name).__name__}")
+    raw = utf8(name)
+    if raw is None:
+        raise ArgumentError("a payload's name is valid text: this one holds a lone surrogate")
+    if not 0 < len(raw) <= MAX_NAME_BYTES:
+        raise ArgumentError(
+            f"a payload's name is 1 to {MAX_NAME_BYTES} bytes of UTF-8, not {len(raw)}"
+        )
+    return b":" + raw
+
+
+def data_arg(data: Data) -> bytes:
+    """The bytes of a payload, as they are now: later changes to a buffer do not count."""
+    raw: bytes | None
+    if isinstance(data, bytes):
+        raw = data
+    elif isinstance(data, str):
+        raw = utf8(data)
+        if raw is None:
+            raise ArgumentError("data is valid text or bytes: this str holds a lone surrogate")
+    else:
+        raw = _buffer(data)
+        if raw is None:
+            raise ArgumentError(f"data is bytes-like or a str, not {type(data).__name__}")
+    if not 0 < len(raw) <= MAX_DATA_BYTES:
+        raise ArgumentError(f"data is 1 to {MAX_DATA_BYTES} bytes, not {len(raw)}")
+    return raw
+
+
+# These two return None rather than raise: an encoding error carries the text, which may be a secret,
+# and so would an error raised while it is handled.
+
+
+def utf8(text: str) -> bytes | None:
+    """The text in UTF-8; None if it cannot be encoded (it holds a lone surrogate)."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return None
+
+
+def _buffer(data: object) -> bytes | None:
+    try:
+        return memoryview(data).tobytes()  # type: ignore[arg-type]  # what is no buffer says so
+    except (TypeError, ValueError):
+        return None

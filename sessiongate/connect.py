@@ -1,0 +1,52 @@
+"""A URL becomes a redis-py client with the settings that a gate wants."""
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from .errors import ConfigurationError
+
+MEMORY_URL = "memory://"
+
+# redis-py's pool makes connections as they are needed and raises at its limit, 100 unless told
+# otherwise; threads that share a gate should meet their own limit first.
+_MAX_CONNECTIONS = 10_000
+
+
+def client_from_url(url: str) -> "Redis":
+    """A client of the server at `url`; it has not connected yet.
+
+    Raises:
+        ConfigurationError: the URL is none of ours, or needs an extra that is not installed.
+    """
+    if url == MEMORY_URL:
+        return _memory()
+    client = _server(url)
+    if client is None:
+        # Not the URL itself: it may hold a password.
+        raise ConfigurationError(
+            "not a URL that a gate understands: give redis://host:6379/0, rediss://…, "
+            "unix:///path/to/socket or memory://"
+        )
+    return client
+
+
+def _server(url: str) -> "Redis | None":
+    try:
+        # RESP2, since redis-py's HELLO fails before Redis 6. No retries of redis-py's own: the gate
+        # knows which command may be sent twice.
+        return Redis.from_url(
+            url, protocol=2, retry=Retry(NoBackoff(), 0), max_connections=_MAX_CONNECTIONS
+        )
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _memory() -> "Redis":
+    try:
+        from fakeredis import FakeRedis, FakeServer
+    except ImportError:
+        raise ConfigurationError(
+            'memory:// needs the extra "memory": pip install "sessiongate[memory]"'
+        ) from None
+    return FakeRedis(server=FakeServer(), protocol=2)

@@ -1,0 +1,102 @@
+"""Every error and warning that SessionGate raises of its own. Imports nothing.
+
+redis-py's errors (connection lost, timeout, out of memory, read only) are not wrapped: they reach
+the caller as they are.
+"""
+
+
+class SessionGateError(Exception):
+    """The root of every error of this library.
+
+    ::
+
+        SessionGateError
+        ├── InvalidSessionError          answer with 401: sign in again
+        │   ├── InvalidTokenError        refused without asking Redis
+        │   │   ├── MalformedTokenError
+        │   │   └── BadSignatureError
+        │   └── SessionNotFoundError     ended, expired or never there
+        ├── PayloadNotFoundError         also a LookupError
+        ├── ArgumentError                also a ValueError
+        ├── ConfigurationError           also a ValueError
+        ├── GateClosedError
+        └── IdTakenError                 the random source is broken
+    """
+
+
+class InvalidSessionError(SessionGateError):
+    """The token opens no session: the one to turn into a 401 (sign in again)."""
+
+
+class InvalidTokenError(InvalidSessionError):
+    """The token was refused locally; Redis was not asked."""
+
+
+class MalformedTokenError(InvalidTokenError):
+    """The token is not spelt as a token: it was cut, changed or never one."""
+
+    def __str__(self) -> str:
+        return "not a session token: ask the client to sign in again"
+
+
+class BadSignatureError(InvalidTokenError):
+    """The token is well spelt, and none of the gate's sign keys signed it."""
+
+    def __str__(self) -> str:
+        return "no sign key of this gate signed the token: it is forged, or its sign key was retired"
+
+
+class SessionNotFoundError(InvalidSessionError):
+    """The token is genuine, but its session ended, expired or was never there.
+
+    Attributes:
+        session_id: the id in the token; not a secret, it opens nothing by itself.
+    """
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(session_id)
+        self.session_id = session_id
+
+    def __str__(self) -> str:
+        return "the session ended, expired or never was: ask the client to sign in again"
+
+
+class PayloadNotFoundError(SessionGateError, LookupError):
+    """The session lives, but holds no payload of that name.
+
+    Attributes:
+        name: the payload's name, as it was asked for.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"the session holds no payload named {self.name!r}"
+
+
+class ArgumentError(SessionGateError, ValueError):
+    """An argument of a call is out of its limits; nothing was sent to Redis."""
+
+
+class ConfigurationError(SessionGateError, ValueError):
+    """The gate cannot be made as asked: sign key, prefix, URL or client."""
+
+
+class GateClosedError(SessionGateError):
+    """The gate was closed before the call."""
+
+    def __str__(self) -> str:
+        return "the gate is closed: make a new one, or close this one later"
+
+
+class IdTakenError(SessionGateError):
+    """Every id that was drawn for a new session exists already; none was overwritten."""
+
+    def __str__(self) -> str:
+        return "several new session ids in a row were taken: the random source repeats itself"
+
+
+class WeakSignKeyWarning(UserWarning):
+    """A sign key is shorter than the 32 bytes that HMAC-SHA256 deserves."""

@@ -1,0 +1,38 @@
+"""The Lua files of `lua/` as values: each one's name, source and SHA-1."""
+
+from dataclasses import dataclass, field
+from hashlib import sha1
+from importlib.resources import files
+
+_LUA = files("sessiongate.lua")
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A registered script, and the words that call it, packed for the wire once."""
+
+    name: str
+    source: bytes = field(repr=False)
+    sha: str = field(init=False)
+    by_sha: bytes = field(init=False, repr=False)
+    by_source: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # SHA-1 is how Redis names a script; nothing rests on its strength.
+        sha = sha1(self.source, usedforsecurity=False).hexdigest()
+        object.__setattr__(self, "sha", sha)
+        object.__setattr__(self, "by_sha", b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % sha.encode())
+        by_source = b"$4\r\nEVAL\r\n$%d\r\n%b\r\n" % (len(self.source), self.source)
+        object.__setattr__(self, "by_source", by_source)
+
+
+def _load(name: str) -> Script:
+    return Script(name, _LUA.joinpath(f"{name}.lua").read_bytes())
+
+
+START = _load("start")
+EXPIRE = _load("expire")
+PSET = _load("pset")
+PGET = _load("pget")
+PDEL = _load("pdel")
+END = _load("end")

@@ -1,0 +1,95 @@
+"""How a token is spelt, and whether one of our sign keys signed it. No I/O here."""
+
+import hmac
+import re
+import warnings
+from collections.abc import Sequence
+from hashlib import sha256
+
+from .arguments import utf8
+from .errors import BadSignatureError, ConfigurationError, MalformedTokenError, WeakSignKeyWarning
+
+SignKey = str | bytes
+
+# A key shorter than the hash is the weakest part of an HMAC: RFC 2104, section 3.
+STRONG_SIGN_KEY_BYTES = 32
+FINGERPRINT_BYTES = 16
+
+# fullmatch and explicit classes: `$` would let a newline in, `\d` and `\w` Unicode.
+_match = re.compile(r"v1\.([A-Za-z0-9]{16})\.([0-9a-f]{64})").fullmatch
+
+
+class SignKeyRing:
+    """The sign keys of a gate: the first one signs, all of them verify."""
+
+    __slots__ = ("_macs",)
+
+    def __init__(self, sign_key: SignKey | Sequence[SignKey]) -> None:
+        keys = [sign_key] if isinstance(sign_key, str | bytes) else sign_key
+        if not isinstance(keys, Sequence) or isinstance(keys, bytearray | memoryview):
+            raise ConfigurationError(
+                f"sign_key is a str, bytes or a list of them, newest first, "
+                f"not {type(sign_key).__name__}: is it missing from your settings?"
+            )
+        if not keys:
+            raise ConfigurationError("sign_key is an empty list: give at least one sign key")
+        # HMAC objects that have taken in their key: copying one is cheaper than keying anew.
+        self._macs = tuple(hmac.new(_key_bytes(key), digestmod="sha256") for key in keys)
+
+    def __repr__(self) -> str:
+        return f"<SignKeyRing of {len(self._macs)}>"
+
+    def sign(self, session_id: str) -> tuple[str, bytes]:
+        """The token of a session id, signed with the newest key, and its fingerprint."""
+        mac = self._macs[0].copy()
+        mac.update(session_id.encode())
+        signature = mac.digest()
+        return f"v1.{session_id}.{signature.hex()}", _fingerprint(signature)
+
+    def verify(self, token: str | bytes) -> tuple[str, bytes]:
+        """The session id in a genuine token, and the token's fingerprint.
+
+        Raises:
+            MalformedTokenError: it is not spelt as a token, or not a str or bytes at all.
+            BadSignatureError: no key of the ring signed it.
+        """
+        match = _match(token if isinstance(token, str) else _text(token))
+        if match is None:
+            raise MalformedTokenError
+        session_id, signature = match.groups()
+        claimed = bytes.fromhex(signature)
+        message = session_id.encode()
+        for keyed in self._macs:
+            mac = keyed.copy()
+            mac.update(message)
+            genuine = mac.digest()
+            # PyNaCl's sodium_memcmp does the same through cffi: 1.4 µs instead of 0.06.
+            if hmac.compare_digest(genuine, claimed):
+                return session_id, _fingerprint(genuine)
+        raise BadSignatureError
+
+
+def _fingerprint(signature: bytes) -> bytes:
+    """What Redis holds of a token: enough to tell it, too little to make it."""
+    return sha256(signature).digest()[:FINGERPRINT_BYTES]
+
+
+def _text(token: object) -> str:
+    """The characters of a token that came as bytes; of anything else, none."""
+    return token.decode("latin-1") if isinstance(token, bytes) else ""
+
+
+def _key_bytes(key: object) -> bytes:
+    if not isinstance(key, str | bytes):
+        raise ConfigurationError(f"a sign key is a str or bytes, not {type(key).__name__}")
+    raw = utf8(key) if isinstance(key, str) else key
+    if not raw:
+        raise ConfigurationError("a sign key is empty or no valid text: anybody could sign with it")
+    if len(raw) < STRONG_SIGN_KEY_BYTES:
+        warnings.warn(
+            f"a sign key of {len(raw)} bytes can be guessed: make one of "
+            f"{STRONG_SIGN_KEY_BYTES} with secrets.token_hex({STRONG_SIGN_KEY_BYTES})",
+            WeakSignKeyWarning,
+            stacklevel=5,
+        )
+    return raw
