@@ -35,11 +35,15 @@ def _server(url: str) -> "Redis | None":
     try:
         # RESP2, since redis-py's HELLO fails before Redis 6. No retries of redis-py's own: the gate
         # knows which command may be sent twice.
-        return Redis.from_url(
+        client = Redis.from_url(
             url, protocol=2, retry=Retry(NoBackoff(), 0), max_connections=_MAX_CONNECTIONS
         )
+        # Options are looked at when a connection is made, not connected: now rather than later.
+        pool = client.connection_pool
+        pool.connection_class(**pool.connection_kwargs)
     except (AttributeError, TypeError, ValueError):
         return None
+    return client
 
 
 def _memory() -> "Redis":

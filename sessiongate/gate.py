@@ -9,7 +9,7 @@ from nacl.utils import random as system_random
 from redis import Redis
 from redis.client import Pipeline
 from redis.connection import ConnectionInterface
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from .arguments import Data
 from .commands import Command, Commands
@@ -240,6 +240,7 @@ class SessionGate:
         self._closed = True
         if self._owns_client:
             self._client.close()
+            self._client.connection_pool.disconnect()
 
     def __enter__(self) -> Self:
         return self
@@ -274,7 +275,14 @@ class SessionGate:
             with self._client.single_connection_lock:
                 return self._ask(single, command)
         pool = self._client.connection_pool
-        connection = pool.get_connection()
+        try:
+            connection = pool.get_connection()
+        except RedisError:
+            raise
+        except BaseException:
+            # redis-py puts a connection back whose handshake was interrupted, half made for good.
+            pool.disconnect(inuse_connections=False)
+            raise
         try:
             return self._ask(connection, command)
         finally:

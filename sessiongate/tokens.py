@@ -2,6 +2,7 @@
 
 import hmac
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from hashlib import sha256
@@ -90,6 +91,15 @@ def _key_bytes(key: object) -> bytes:
             f"a sign key of {len(raw)} bytes can be guessed: make one of "
             f"{STRONG_SIGN_KEY_BYTES} with secrets.token_hex({STRONG_SIGN_KEY_BYTES})",
             WeakSignKeyWarning,
-            stacklevel=5,
+            stacklevel=_levels_to_caller(),
         )
     return raw
+
+
+def _levels_to_caller() -> int:
+    """How far up the stack the application is: it made the gate, by one of several ways."""
+    package = __name__.partition(".")[0] + "."
+    level = 1
+    while sys._getframe(level).f_globals["__name__"].startswith(package):
+        level += 1
+    return level

@@ -87,15 +87,17 @@ def unpack(reply: object, echo: bytes) -> "bytes | Refusal | ResponseError":
         return reply[ECHO_BYTES:]
     if isinstance(reply, ResponseError):
         text = str(reply)
-        proven = text.removesuffix(" " + echo.decode())
-        buried = _BURIED.search(proven)
-        error = _unburied(*buried.groups()) if buried else reply
-        if proven == text or isinstance(error, ReadOnlyError):
-            # A primary that became a replica: only a new connection finds its successor.
-            raise error
-        if buried:
+        said = text.removesuffix(" " + echo.decode())
+        proven = said != text
+        if proven and said in CODES:
+            return Refusal(said)
+        buried = _BURIED.search(said)
+        error = _unburied(*buried.groups()) if buried else type(reply)(said) if proven else reply
+        if proven and not isinstance(error, ReadOnlyError):
             return error
-        return Refusal(proven) if proven in CODES else type(reply)(proven)
+        # A primary that became a replica: only a new connection finds its successor.
+        if text.partition(" ")[0] not in CODES:
+            raise error
     raise ConnectionError(
         "a reply that belongs to another request was refused and its connection dropped: "
         "an earlier read on it was interrupted"

@@ -52,7 +52,7 @@ class Server:
     """One server process. `restart` keeps its address, and with `data` its files."""
 
     def __init__(self, binary: Path, options: Sequence[str] = ()) -> None:
-        self._binary = binary
+        self.binary = binary
         self._options = tuple(options)
         self.folder = Path(tempfile.mkdtemp(prefix="sg-"))
         self.socket = self.folder / "s"
@@ -72,17 +72,18 @@ class Server:
     def client(self) -> Redis:
         return Redis(port=self.port, protocol=2)
 
-    def start(self) -> None:
+    def start(self, options: Sequence[str] = ()) -> None:
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
             port = self.port or _free_port()
             self._process = subprocess.Popen(
                 [
-                    self._binary,
+                    self.binary,
                     *("--bind", "127.0.0.1", "--port", str(port)),
                     *("--unixsocket", self.socket, "--dir", self.folder),
                     *("--save", "", "--appendonly", "no", "--loglevel", "warning"),
                     *self._options,
+                    *options,
                 ],
                 stdout=(self.folder / "log").open("ab"),
                 stderr=subprocess.STDOUT,
@@ -98,7 +99,7 @@ class Server:
                             return
                 except RedisError:
                     time.sleep(0.01)
-        raise RuntimeError(f"{self._binary} did not start: {(self.folder / 'log').read_text()}")
+        raise RuntimeError(f"{self.binary} did not start: {(self.folder / 'log').read_text()}")
 
     def kill(self) -> None:
         assert self._process is not None

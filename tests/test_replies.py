@@ -1,0 +1,412 @@
+"""What comes back: replies are bound to requests, and no fault of Redis becomes a wrong answer."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import pytest
+from redis import Redis
+from redis.connection import ConnectionInterface
+from redis.exceptions import (
+    ConnectionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TimeoutError,
+)
+
+from sessiongate import PayloadNotFoundError, SessionGate, SessionNotFoundError, wire
+
+from .conftest import SIGN_KEY, Backend
+from .proxy import Proxy
+from .servers import Server
+
+
+def gate_on(client: Redis) -> SessionGate:
+    return SessionGate(client, sign_key=SIGN_KEY)
+
+
+def client_of_one_connection(server: Server) -> Redis:
+    """A client whose next call uses the very connection that the last one used."""
+    return Redis(port=server.port, protocol=2, max_connections=1, socket_timeout=5)
+
+
+@contextmanager
+def paused(server: Server, seconds: float) -> Iterator[None]:
+    """The server stands still, and goes on by itself after some time."""
+    server.pause()
+    timer = threading.Timer(seconds, server.resume)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+@contextmanager
+def idle_connection(client: Redis) -> Iterator[ConnectionInterface]:
+    connection = client.connection_pool.get_connection()
+    try:
+        yield connection
+    finally:
+        client.connection_pool.release(connection)
+
+
+# Every operation, called so that it succeeds on a session with the payload `user`.
+OPERATIONS: list[Callable[[SessionGate, str], object]] = [
+    lambda gate, _: gate.start(300),
+    lambda gate, token: gate.expire(token, 300),
+    lambda gate, token: gate.pset(token, "user", "new"),
+    lambda gate, token: gate.pget(token, "user"),
+    lambda gate, token: gate.pdel(token, "user"),
+    lambda gate, token: gate.end(token),
+]
+
+
+def test_a_dirty_connection_hands_over_nothing(server: Server) -> None:
+    """A connection on which another's reply is still to come is dropped, its reply never returned."""
+    client = client_of_one_connection(server)
+    gate = gate_on(client)
+    mine, other = gate.start(300, {"user": "mine"}), gate.start(300, {"user": "theirs"})
+    with paused(server, 0.3):
+        with idle_connection(client) as connection:
+            # A reader that was interrupted after it had asked, and before the reply came.
+            command = gate._commands.pget(other, "user")
+            connection.send_packed_command(wire.pack(command, wire.new_echo()))
+        # pget asks once more on a new connection; the others report a lost connection.
+        assert gate.pget(mine, "user") == b"mine"
+    assert gate.pget(mine, "user") == b"mine"
+
+
+@pytest.mark.parametrize("reply", ["data", "error", "nil", "foreign"])
+@pytest.mark.parametrize("number", range(1, 6))
+def test_no_operation_takes_a_foreign_reply(server: Server, number: int, reply: str) -> None:
+    """Whatever reply lies in wait on a connection, no operation takes it for its own."""
+    client = client_of_one_connection(server)
+    gate = gate_on(client)
+    token = gate.start(300, {"user": "mine"})
+    client.set("foreign", b"x" * 30)
+    with paused(server, 0.2):
+        with idle_connection(client) as connection:
+            requests = {
+                "data": ("GET", "foreign"),
+                "nil": ("GET", "nothing"),
+                "error": ("EVAL", "return redis.error_reply('NOSESSION abcdefghijkl')", 0),
+                "foreign": ("EVAL", "return 'abcdefghijkl'", 0),
+            }
+            connection.send_command(*requests[reply])
+        if OPERATIONS[number] is OPERATIONS[3]:
+            assert gate.pget(token, "user") == b"mine"
+        else:
+            with pytest.raises(ConnectionError, match="belongs to another request"):
+                OPERATIONS[number](gate, token)
+    # Whatever became of the operation, the connection is a fresh one and the session as it should be.
+    assert gate.pget(gate.start(300, {"user": "later"}), "user") == b"later"
+
+
+class Interrupted(Exception):
+    """What a signal handler raises, as a worker's own timeout does."""
+
+
+def test_an_interrupted_read_hands_over_nothing(server: Server) -> None:
+    """A signal in the middle of a read leaves no reply for the next caller."""
+    client = client_of_one_connection(server)
+    gate = gate_on(client)
+    mine, other = gate.start(300, {"user": "mine"}), gate.start(300, {"user": "theirs"})
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(3):
+            with paused(server, 0.15):
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                with pytest.raises(Interrupted):
+                    gate.pget(other, "user")
+                assert gate.pget(mine, "user") == b"mine"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_interrupts_at_any_moment_hand_over_nothing(server: Server) -> None:
+    """Two thousand calls interrupted at random moments never show one session another's data."""
+    client = client_of_one_connection(server)
+    client.connection_pool.max_connections = 1_000  # one may be lost between two instructions
+    gate = gate_on(client)
+    tokens = {f"{n}".encode(): gate.start(300, {"user": f"{n}"}) for n in range(20)}
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    try:
+        for turn in range(2_000):
+            data, token = list(tokens.items())[turn % len(tokens)]
+            try:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0.000_02 + turn % 50 * 0.000_005)
+                    assert gate.pget(token, "user") == data
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupted:
+                interrupted += 1
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 200
+
+
+def test_a_start_whose_reply_was_lost(server: Server) -> None:
+    """A start that ran and whose reply was lost is repeated, returns its token and made one session."""
+    with Proxy(server.port) as proxy:
+        gate = gate_on(Redis(port=proxy.port, protocol=2, retry=None))
+        gate.start(300)
+        server.client().flushall()
+        proxy.cut_replies = 1
+        token = gate.start(300, {"user": "x"})
+        assert proxy.cut_replies == 0
+    assert server.client().keys() == [f"sg-session:{{{gate.verify(token)}}}".encode()]
+    assert gate_on(server.client()).pget(token, "user") == b"x"
+
+
+def test_a_repeated_start_is_no_way_into_another_session(server: Server) -> None:
+    """A repeated start takes over no session of another sign key, and the client draws again."""
+    theirs = SessionGate(server.client(), sign_key="t" * 32, random=lambda n: b"A" * n)
+    token = theirs.start(300, {"user": "theirs"})
+    letters = iter([b"A", b"B"])
+    with Proxy(server.port) as proxy:
+        gate = SessionGate(
+            Redis(port=proxy.port, protocol=2, retry=None),
+            sign_key=SIGN_KEY,
+            random=lambda n: next(letters) * n,
+        )
+        with pytest.raises(SessionNotFoundError):  # warms up the connection
+            gate.pget(gate._commands._ring.sign("Z" * 16)[0], "user")
+        proxy.cut_replies = 1
+        ours = gate.start(300, {"user": "ours"})
+    assert gate.verify(ours) != theirs.verify(token)
+    assert theirs.pget(token, "user") == b"theirs"
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 5])
+def test_what_may_have_run_is_not_repeated(server: Server, number: int) -> None:
+    """When the reply of a write is lost, the caller gets redis-py's error and nothing runs twice."""
+    with Proxy(server.port) as proxy:
+        gate = gate_on(Redis(port=proxy.port, protocol=2, retry=None))
+        token = gate.start(300, {"user": "x"})
+        sent = len(proxy.requests)
+        proxy.cut_replies = 1
+        with pytest.raises(ConnectionError):
+            OPERATIONS[number](gate, token)
+        assert proxy.cut_replies == 0
+        assert len([r for r in proxy.requests[sent:] if b"EVALSHA" in r]) == 1
+
+
+def test_redis_pys_own_retries_are_not_used(server: Server) -> None:
+    """A client that retries ten times, as redis.Redis() does, sends a write of ours once."""
+    with Proxy(server.port) as proxy:
+        gate = gate_on(Redis(port=proxy.port, protocol=2))
+        token = gate.start(300, {"user": "x"})
+        sent = len(proxy.requests)
+        proxy.cut_replies = 1
+        with pytest.raises(ConnectionError):
+            gate.pset(token, "user", "y")
+        assert len([r for r in proxy.requests[sent:] if b"EVALSHA" in r]) == 1
+
+
+def test_scripts_that_the_server_forgot(backend: Backend) -> None:
+    """After SCRIPT FLUSH every operation runs as if nothing had happened, and only once."""
+    gate, client = backend.gate(), backend.client()
+    for number, operation in enumerate(OPERATIONS):
+        token = gate.start(300, {"user": "x"})
+        client.script_flush()
+        operation(gate, token)
+        if number:  # a second start is a second session
+            client.script_flush()
+            if number in (4, 5):
+                with pytest.raises((PayloadNotFoundError, SessionNotFoundError)):
+                    operation(gate, token)
+
+
+def test_a_server_that_was_restarted(own_server: Server) -> None:
+    """After a restart the sessions are gone, which is said, and the gate goes on working."""
+    gate = gate_on(own_server.client())
+    token = gate.start(300, {"user": "x"})
+    own_server.restart()
+    with pytest.raises(SessionNotFoundError):
+        gate.pget(token, "user")
+    assert gate.pget(gate.start(300, {"user": "y"}), "user") == b"y"
+
+
+def test_sessions_outlive_a_restart_with_persistence(own_server: Server) -> None:
+    """With an append-only file sessions survive a restart, and their end does not move."""
+    client = own_server.client()
+    gate = gate_on(client)
+    client.config_set("appendonly", "yes")
+    token = gate.start(3, {"user": "x"})
+    longer = gate.start(100, {"user": "y"})
+    gate.pset(token, "user", "z")
+    gate.expire(longer, 200)
+    client.config_set("appendfsync", "always")
+    time.sleep(1.5)
+    own_server.kill()
+    own_server.start(("--appendonly", "yes"))
+    assert gate.pget(token, "user") == b"z"
+    key = f"sg-session:{{{gate.verify(longer)}}}"
+    assert 190_000 < client.pttl(key) < 198_600  # type: ignore[operator]  # sync client
+    time.sleep(1.6)
+    with pytest.raises(SessionNotFoundError):
+        gate.pget(token, "user")
+
+
+def test_sessions_are_on_the_replica(own_server: Server) -> None:
+    """A replica holds the same sessions, with the same end to the millisecond."""
+    own_server.client().config_set("repl-diskless-sync-delay", 0)
+    with Server(own_server.binary, ("--slaveof", "127.0.0.1", str(own_server.port))) as replica:
+        gate = gate_on(own_server.client())
+        copy = replica.client()
+        deadline = time.monotonic() + 15
+        while own_server.client().info("replication")["connected_slaves"] == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        token = gate.start(100, {"user": "x", "cart": "y"})
+        gate.pset(token, "user", "z" * 100)
+        gate.pdel(token, "cart")
+        gate.expire(token, 200)
+        ended = gate.start(100)
+        gate.end(ended)
+        assert own_server.client().wait(1, 5_000) >= 0
+        key = f"sg-session:{{{gate.verify(token)}}}"
+        while copy.hgetall(key) != own_server.client().hgetall(key) or copy.dbsize() != 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        lag = own_server.client().pttl(key) - copy.pttl(key)  # type: ignore[operator]  # sync client
+        assert abs(lag) < 50
+
+
+def test_a_server_that_is_not_there(server: Server) -> None:
+    """A server that cannot be reached is redis-py's connection error, never a missing session."""
+    token = gate_on(server.client()).start(300)
+    gate = gate_on(Redis(port=1, retry=None))
+    for operation in OPERATIONS:
+        with pytest.raises(ConnectionError):
+            operation(gate, token)
+
+
+def test_a_server_that_does_not_answer(server: Server) -> None:
+    """A server that stands still is redis-py's timeout, and the next call gets its own reply."""
+    client = Redis(port=server.port, protocol=2, socket_timeout=0.1, max_connections=1, retry=None)
+    gate = gate_on(client)
+    token = gate.start(300, {"user": "x"})
+    with paused(server, 0.8):
+        for operation in OPERATIONS[1:3]:
+            with pytest.raises(TimeoutError):
+                operation(gate, token)
+    assert gate.pget(gate.start(300, {"user": "y"}), "user") == b"y"
+
+
+def test_a_server_that_is_full(own_server: Server) -> None:
+    """Out of memory is redis-py's OutOfMemoryError; sessions stay readable and can be ended."""
+    client = own_server.client()
+    gate = gate_on(client)
+    token = gate.start(300, {"user": "x"})
+    client.config_set("maxmemory", "1")
+    for call in (lambda: gate.start(300), lambda: gate.pset(token, "user", "y")):
+        with pytest.raises(OutOfMemoryError) as caught:
+            call()
+        assert str(caught.value) == "command not allowed when used memory > 'maxmemory'."
+    assert gate.pget(token, "user") == b"x"
+    gate.expire(token, 200)
+    gate.pdel(token, "user")
+    gate.end(token)
+    client.config_set("maxmemory", "0")
+    assert client.keys() == []
+
+
+@pytest.mark.parametrize("policy", ["allkeys-random", "volatile-random", "volatile-ttl", "allkeys-lru"])
+def test_eviction_leaves_no_session_without_an_end(own_server: Server, policy: str) -> None:
+    """Under eviction a session may vanish, but none is left without a ttl or a fingerprint."""
+    client = own_server.client()
+    gate = gate_on(client)
+    gate.start(300)
+    client.config_set("maxmemory-policy", policy)
+    client.config_set("maxmemory", str(client.info("memory")["used_memory"] + 400_000))
+    tokens: list[str] = []
+    for turn in range(1_500):
+        try:
+            tokens.append(gate.start(300, {"user": "x" * 200}))
+            gate.pset(tokens[turn * 7 % len(tokens)], f"p{turn}", "y" * 300)
+        except SessionNotFoundError:
+            pass
+        except (OutOfMemoryError, IndexError, ZeroDivisionError):
+            pytest.fail("an evicting server is never full")
+    client.config_set("maxmemory", "0")
+    assert client.info("stats")["evicted_keys"] > 100
+    for key in client.scan_iter():
+        assert client.pttl(key) > 0
+        assert client.hget(key, "fp")
+
+
+def test_a_replica_is_read_only(own_server: Server) -> None:
+    """A primary that became a replica is redis-py's ReadOnlyError, on every version of Redis."""
+    client = own_server.client()
+    gate = gate_on(client)
+    token = gate.start(300, {"user": "x"})
+    client.execute_command("SLAVEOF", "127.0.0.1", "1")
+    for operation in (*OPERATIONS[:3], *OPERATIONS[4:]):
+        with pytest.raises(ReadOnlyError, match="^You can't write against a read only"):
+            operation(gate, token)
+    client.execute_command("SLAVEOF", "NO", "ONE")
+    gate.end(token)
+
+
+def test_a_foreign_key_is_left_alone(backend: Backend) -> None:
+    """Something else at a session's key is redis-py's error, and start takes another id."""
+    client = backend.client()
+    letters = iter([b"A", b"B"])
+    gate = backend.gate(random=lambda n: next(letters) * n)
+    taken = backend.gate(random=lambda n: b"A" * n)
+    key = b"sg-session:{%b}" % taken._commands._keyspace.new_id().encode()
+    client.set(key, "not a session")
+    token = gate.start(300)
+    assert client.get(key) == b"not a session"
+    guessed = gate._commands._ring.sign(key[12:28].decode())[0]
+    for operation in OPERATIONS[1:]:
+        with pytest.raises(ResponseError, match="WRONGTYPE"):
+            operation(gate, guessed)
+    gate.end(token)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_one_round_trip(server: Server, operation: Callable[[SessionGate, str], object]) -> None:
+    """Every operation is one request and one reply, once its script is known."""
+    with Proxy(server.port) as proxy:
+        gate = gate_on(Redis(port=proxy.port, protocol=2))
+        operation(gate, gate.start(300, {"user": "x"}))
+        token = gate.start(300, {"user": "x"})
+        sent = len(proxy.requests)
+        operation(gate, token)
+        assert len(proxy.requests) == sent + 1
+
+
+def test_echoes_differ(server: Server) -> None:
+    """No two requests have the same echo, in one process or after a fork."""
+    mine = {wire.new_echo() for _ in range(10_000)}
+    assert len(mine) == 10_000
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, b"".join(wire.new_echo() for _ in range(1_000)))
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = os.read(reading, 12_000)
+    os.close(reading)
+    os.close(writing)
+    assert len(theirs) == 12_000
+    assert mine.isdisjoint(theirs[n : n + 12] for n in range(0, 12_000, 12))

@@ -1,0 +1,181 @@
+"""Tokens: which are accepted, which are refused, and what a ring of sign keys does."""
+
+import hashlib
+import hmac
+import json
+import pickle
+import string
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sessiongate import (
+    BadSignatureError,
+    ConfigurationError,
+    InvalidTokenError,
+    MalformedTokenError,
+    WeakSignKeyWarning,
+)
+from sessiongate.tokens import SignKeyRing
+
+VECTORS = json.loads((Path(__file__).parent / "vectors" / "module_tokens.json").read_text())["tokens"]
+KEY = b"k" * 32
+RING = SignKeyRing(KEY)
+ID = "Ab0123456789zZ9a"
+TOKEN, FINGERPRINT = RING.sign(ID)
+HEX = "0123456789abcdef"
+
+ids = st.text(string.ascii_letters + string.digits, min_size=16, max_size=16)
+
+
+def quiet_ring(*keys: bytes) -> SignKeyRing:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", WeakSignKeyWarning)
+        return SignKeyRing(list(keys))
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["session_id"])
+def test_tokens_of_the_module(vector: dict[str, str]) -> None:
+    """Tokens that the original module issued are accepted, and made alike to the last byte."""
+    ring = quiet_ring(bytes.fromhex(vector["sign_key_hex"]))
+    assert ring.verify(vector["token"])[0] == vector["session_id"]
+    assert ring.sign(vector["session_id"])[0] == vector["token"]
+
+
+@given(ids, st.binary(min_size=32, max_size=200))
+def test_a_signature_is_the_hmac_of_the_id(session_id: str, key: bytes) -> None:
+    """A token is `v1.<id>.` and the HMAC-SHA256 of the id; the fingerprint is of its signature."""
+    ring = SignKeyRing(key)
+    token, fingerprint = ring.sign(session_id)
+    signature = hmac.digest(key, session_id.encode(), "sha256")
+    assert token == f"v1.{session_id}.{signature.hex()}"
+    assert fingerprint == hashlib.sha256(signature).digest()[:16]
+    assert ring.verify(token) == (session_id, fingerprint)
+    assert ring.verify(token.encode()) == (session_id, fingerprint)
+
+
+def test_every_change_of_one_character_is_refused() -> None:
+    """No token that differs in one character, whatever character, is accepted."""
+    alphabet = [chr(code) for code in range(256)] + ["\u0660", "\uff11", "\ud800", "\U0001d7d8"]
+    for place, original in enumerate(TOKEN):
+        for character in alphabet:
+            if character != original:
+                changed = TOKEN[:place] + character + TOKEN[place + 1 :]
+                with pytest.raises(InvalidTokenError):
+                    RING.verify(changed)
+
+
+def test_a_change_is_called_what_it_is() -> None:
+    """A change within the spelling is a bad signature; one that leaves it is malformed."""
+    for place, original in enumerate(TOKEN):
+        if original == ".":
+            continue
+        other = "1" if original != "1" else "2"
+        expected = MalformedTokenError if place < 3 else BadSignatureError
+        with pytest.raises(expected):
+            RING.verify(TOKEN[:place] + other + TOKEN[place + 1 :])
+
+
+@pytest.mark.parametrize("length", range(len(TOKEN) + 20))
+def test_every_other_length_is_malformed(length: int) -> None:
+    """A token cut short or made longer is malformed at every length."""
+    if length == len(TOKEN):
+        return
+    with pytest.raises(MalformedTokenError):
+        RING.verify((TOKEN + "0" * 20)[:length])
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        TOKEN + "\n",
+        "\n" + TOKEN,
+        TOKEN + "\0",
+        TOKEN + " ",
+        " " + TOKEN,
+        TOKEN.upper(),
+        TOKEN.replace("v1", "V1"),
+        TOKEN.replace("v1", "v2"),
+        TOKEN.replace("v1", "v\u0661"),
+        TOKEN.replace(".", "?"),
+        TOKEN.replace(".", "．"),
+        TOKEN[:20] + TOKEN[20:].upper(),
+        f"v1.{ID[:-1]}\u00e9.{TOKEN[20:]}",
+        f"v1..{TOKEN[20:]}",
+        f"v1.{ID}.",
+        f"{ID}.{TOKEN[20:]}",
+        "v1." * 28,
+        "",
+        "\0" * 84,
+        "x" * 10_000_000,
+    ],
+    ids=lambda token: repr(token[:30]),
+)
+def test_one_spelling_only(token: str) -> None:
+    """Other case, white space, NUL, newlines, dots and digits of Unicode: all malformed."""
+    with pytest.raises(MalformedTokenError):
+        RING.verify(token)
+    with pytest.raises(MalformedTokenError):
+        RING.verify(token.encode())
+
+
+@given(st.one_of(st.none(), st.integers(), st.floats(), st.lists(st.text()), st.just(object()), st.just(bytearray(TOKEN.encode()))))
+def test_what_is_neither_str_nor_bytes_is_malformed(token: object) -> None:
+    """Anything else than a str or bytes is refused as malformed, and is no crash."""
+    with pytest.raises(MalformedTokenError):
+        RING.verify(token)  # type: ignore[arg-type]  # what a type checker would refuse
+
+
+@given(st.one_of(st.text(), st.text(alphabet="v1." + HEX, min_size=80, max_size=90), st.binary()))
+@example("v1." + "A" * 16 + "." + "0" * 64)
+def test_nothing_made_up_is_accepted(token: str | bytes) -> None:
+    """No text or bytes that were not signed are accepted, and all are refused as tokens."""
+    with pytest.raises(InvalidTokenError):
+        RING.verify(token)
+
+
+@given(ids)
+def test_another_key_does_not_verify(session_id: str) -> None:
+    """A token of another sign key is a bad signature."""
+    token, _ = SignKeyRing(b"x" * 32).sign(session_id)
+    with pytest.raises(BadSignatureError):
+        RING.verify(token)
+
+
+def test_a_ring_signs_with_its_first_key_and_verifies_with_all() -> None:
+    """The first key of a ring signs; tokens of every key in it are accepted."""
+    old, new = SignKeyRing(b"old " * 8), SignKeyRing(b"new " * 8)
+    ring = SignKeyRing([b"new " * 8, b"old " * 8])
+    assert ring.sign(ID) == new.sign(ID)
+    assert ring.verify(old.sign(ID)[0]) == old.verify(old.sign(ID)[0])
+
+
+def test_text_and_bytes_are_the_same_key() -> None:
+    """A sign key given as str is its UTF-8."""
+    assert SignKeyRing("žluť" * 10).sign(ID) == SignKeyRing(("žluť" * 10).encode()).sign(ID)
+
+
+@pytest.mark.parametrize("key", ["", b"", [], (), [""], ["k" * 32, b""], None, 7, [None], [7], {"k" * 32}, bytearray(32), "\ud800" * 32], ids=repr)
+def test_what_is_no_sign_key(key: object) -> None:
+    """An empty, missing or ill-typed sign key is refused when the gate is made."""
+    with pytest.raises(ConfigurationError):
+        SignKeyRing(key)  # type: ignore[arg-type]  # what a type checker would refuse
+
+
+def test_a_short_sign_key_warns_at_the_caller() -> None:
+    """A sign key under 32 bytes works and warns, with its length and not itself, where it is given."""
+    from sessiongate import SessionGate
+
+    with pytest.warns(WeakSignKeyWarning, match="31 bytes") as caught:
+        SessionGate.from_url("memory://", sign_key="s" * 31)
+    assert caught[0].filename == __file__
+    assert "s" * 31 not in str(caught[0].message)
+
+
+def test_the_errors_survive_pickling() -> None:
+    """Errors of tokens can be sent between processes, as task queues do."""
+    for error in (MalformedTokenError(), BadSignatureError()):
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
