@@ -58,8 +58,8 @@ def data_arg(data: Data) -> bytes:
     return raw
 
 
-# These two return None rather than raise: an encoding error carries the text, which may be a secret,
-# and so would an error raised while it is handled.
+# These two return None rather than raise: an encoding error carries the text, which may be a
+# secret, and so would an error raised while it is handled.
 
 
 def utf8(text: str) -> bytes | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from redis.exceptions import ConnectionError, NoScriptError, ResponseError, TimeoutError
+from redis import exceptions as redis_errors
 
 from . import scripts
 from .arguments import Data, data_arg, field_arg, ttl_arg
@@ -40,7 +40,7 @@ class Command(NamedTuple, Generic[R]):
         # Arguments are fingerprints and payloads: not for logs.
         return f"<Command {self.script.name}>"
 
-    def result(self, answer: bytes | Refusal | ResponseError) -> R:
+    def result(self, answer: bytes | Refusal | redis_errors.ResponseError) -> R:
         """What the caller gets: the decoded answer, or the error that stands for it, raised."""
         if isinstance(answer, bytes):
             return self.decode(answer)
@@ -57,7 +57,7 @@ class Command(NamedTuple, Generic[R]):
 
         The chain ends by itself: each step uses up what led to it.
         """
-        if isinstance(error, NoScriptError) and not self.by_source:
+        if isinstance(error, redis_errors.NoScriptError) and not self.by_source:
             # The same call with the source: needs no other node nor permission, and registers it.
             return self._replace(by_source=True)
         return self.recover(self, error) if self.recover else None
@@ -68,7 +68,7 @@ AnyCommand = Command[Any]  # for code that carries commands and never looks at t
 
 def _lost(error: Exception) -> bool:
     """Whether it is unknown if the command ran. Subclasses name a refusal: then it is known."""
-    return type(error) in (ConnectionError, TimeoutError)
+    return type(error) in (redis_errors.ConnectionError, redis_errors.TimeoutError)
 
 
 def _once_more(command: Command[R], error: Exception) -> Command[R] | None:

@@ -48,7 +48,7 @@ def _server(url: str) -> "Redis | None":
 
 def _memory() -> "Redis":
     try:
-        from fakeredis import FakeRedis, FakeServer
+        from fakeredis import FakeRedis, FakeServer  # noqa: PLC0415  # an extra, and slow to import
     except ImportError:
         raise ConfigurationError(
             'memory:// needs the extra "memory": pip install "sessiongate[memory]"'

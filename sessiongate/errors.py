@@ -43,7 +43,9 @@ class BadSignatureError(InvalidTokenError):
     """The token is well spelt, and none of the gate's sign keys signed it."""
 
     def __str__(self) -> str:
-        return "no sign key of this gate signed the token: it is forged, or its sign key was retired"
+        return (
+            "no sign key of this gate signed the token: it is forged, or its sign key was retired"
+        )
 
 
 class SessionNotFoundError(InvalidSessionError):

@@ -42,7 +42,7 @@ class SessionGate:
 
     Example:
         >>> from sessiongate import SessionGate
-        >>> gate = SessionGate.from_url("memory://", sign_key="keep it secret, keep it for yourself")
+        >>> gate = SessionGate.from_url("memory://", sign_key="at least 32 bytes that nobody knows")
         >>> token = gate.start(300, {"user": "John Doe"})
         >>> gate.pget(token, "user")
         b'John Doe'

@@ -100,6 +100,6 @@ def _levels_to_caller() -> int:
     """How far up the stack the application is: it made the gate, by one of several ways."""
     package = __name__.partition(".")[0] + "."
     level = 1
-    while sys._getframe(level).f_globals["__name__"].startswith(package):
+    while sys._getframe(level).f_globals["__name__"].startswith(package):  # noqa: SLF001  # CPython's only way
         level += 1
     return level

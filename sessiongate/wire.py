@@ -9,12 +9,8 @@ import re
 from binascii import b2a_base64
 from typing import TYPE_CHECKING, NamedTuple
 
-from redis.exceptions import (
-    ConnectionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    ResponseError,
-)
+from redis import exceptions as redis_errors
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 if TYPE_CHECKING:
     from .commands import AnyCommand
@@ -60,8 +56,7 @@ def pack(command: "AnyCommand", echo: bytes) -> list[bytes]:
             len(keys),
         )
     ]
-    for key in keys:
-        head.append(b"$%d\r\n%b\r\n" % (len(key), key))
+    head += [b"$%d\r\n%b\r\n" % (len(key), key) for key in keys]
     head.append(b"$12\r\n%b\r\n" % echo)
     pieces: list[bytes] = []
     for arg in args:
@@ -98,7 +93,7 @@ def unpack(reply: object, echo: bytes) -> "bytes | Refusal | ResponseError":
         # A primary that became a replica: only a new connection finds its successor.
         if text.partition(" ")[0] not in CODES:
             raise error
-    raise ConnectionError(
+    raise redis_errors.ConnectionError(
         "a reply that belongs to another request was refused and its connection dropped: "
         "an earlier read on it was interrupted"
     )

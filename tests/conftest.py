@@ -39,10 +39,12 @@ class Backend:
     def client(self, **options: object) -> Redis:
         """A new client of this backend, with options of redis-py."""
         if self.server is None:
-            return FakeRedis(server=self._memory, **{"protocol": 2, **options})
+            return FakeRedis(server=self._memory, **{"protocol": 2, **options})  # type: ignore[arg-type]  # options are redis-py's own
         return Redis(port=self.server.port, **{"protocol": 2, **options})  # type: ignore[arg-type]  # options are redis-py's own
 
-    def gate(self, sign_key: str | bytes | list[str | bytes] = SIGN_KEY, **options: object) -> SessionGate:
+    def gate(
+        self, sign_key: str | bytes | list[str | bytes] = SIGN_KEY, **options: object
+    ) -> SessionGate:
         """A gate on a client of its own."""
         return SessionGate(self.client(), sign_key=sign_key, **options)  # type: ignore[arg-type]  # options are the gate's own
 

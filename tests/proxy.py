@@ -7,7 +7,7 @@ from typing import Self
 
 
 class Proxy:
-    """Passes bytes on; `cut_replies` of the next replies are lost, and their connection with them."""
+    """Passes bytes on; the next `cut_replies` replies are lost, and their connections with them."""
 
     def __init__(self, port: int) -> None:
         self._upstream = port

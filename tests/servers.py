@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Self
 
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
+NO_RETRY = Retry(NoBackoff(), 0)
 _START_SECONDS = 20
+_START_ATTEMPTS = 3
 
 
 def server_binaries() -> dict[str, Path]:
@@ -42,7 +46,7 @@ def server_binaries() -> dict[str, Path]:
 
 
 def _name(binary: Path) -> str:
-    # "Redis server v=7.0.15 sha=…", "Valkey server v=9.1.2 sha=…"
+    # They say: Redis server v=7.0.15 sha=… or Valkey server v=9.1.2 sha=…
     words = subprocess.check_output([binary, "--version"], text=True).split()
     version = next(word[2:] for word in words if word.startswith("v="))
     return f"{words[0].lower()}-{version}"
@@ -74,9 +78,24 @@ class Server:
 
     def start(self, options: Sequence[str] = ()) -> None:
         deadline = time.monotonic() + _START_SECONDS
-        while time.monotonic() < deadline:
-            port = self.port or _free_port()
-            self._process = subprocess.Popen(
+        for _ in range(_START_ATTEMPTS):
+            port = self.port or free_port()
+            self._process = self._spawn(port, options)
+            # Somebody else may have taken the port meanwhile: then the process ends, and the next
+            # turn takes another.
+            while self._process.poll() is None and time.monotonic() < deadline:
+                try:
+                    with Redis(port=port, protocol=2, retry=NO_RETRY) as client:
+                        if client.info("server")["process_id"] == self._process.pid:
+                            self.port = port
+                            return
+                except RedisError:
+                    time.sleep(0.01)
+        raise RuntimeError(f"{self.binary} did not start: {(self.folder / 'log').read_text()}")
+
+    def _spawn(self, port: int, options: Sequence[str]) -> subprocess.Popen[bytes]:
+        with (self.folder / "log").open("ab") as log:
+            return subprocess.Popen(
                 [
                     self.binary,
                     *("--bind", "127.0.0.1", "--port", str(port)),
@@ -85,21 +104,10 @@ class Server:
                     *self._options,
                     *options,
                 ],
-                stdout=(self.folder / "log").open("ab"),
+                stdout=log,
                 stderr=subprocess.STDOUT,
                 preexec_fn=_die_with_parent,  # noqa: PLW1509  # no threads that hold locks yet
             )
-            # Somebody else may have taken the port meanwhile: then the process ends, and the next
-            # turn takes another.
-            while self._process.poll() is None and time.monotonic() < deadline:
-                try:
-                    with Redis(port=port, protocol=2) as client:
-                        if client.info("server")["process_id"] == self._process.pid:
-                            self.port = port
-                            return
-                except RedisError:
-                    time.sleep(0.01)
-        raise RuntimeError(f"{self.binary} did not start: {(self.folder / 'log').read_text()}")
 
     def kill(self) -> None:
         assert self._process is not None
@@ -127,7 +135,7 @@ class Server:
         self.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

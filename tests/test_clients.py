@@ -1,0 +1,240 @@
+"""Clients of every kind, threads and forks: one gate serves them all."""
+
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import redis
+from redis import BlockingConnectionPool, Redis
+from redis.cache import CacheConfig
+
+from sessiongate import PayloadNotFoundError, SessionGate, SessionNotFoundError
+
+from .conftest import SIGN_KEY, Backend
+from .servers import NO_RETRY, Server, free_port
+
+BINARY = bytes(range(256))
+
+
+def tour(gate: SessionGate) -> None:
+    """All six operations, with data that no text encoding survives."""
+    token = gate.start(300, {"user": BINARY})
+    assert gate.pget(token, "user") == BINARY
+    gate.pset(token, "user", "text")
+    assert gate.pget(token, "user") == b"text"
+    gate.expire(token, 200)
+    gate.pdel(token, "user")
+    with pytest.raises(PayloadNotFoundError):
+        gate.pget(token, "user")
+    gate.end(token)
+    with pytest.raises(SessionNotFoundError):
+        gate.end(token)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"decode_responses": True},
+        {"decode_responses": True, "encoding": "utf-16"},
+        {"protocol": 3},
+        {"protocol": 3, "decode_responses": True},
+        {"health_check_interval": 1},
+        {"single_connection_client": True},
+        {"single_connection_client": True, "decode_responses": True},
+        {"db": 3},
+    ],
+    ids=repr,
+)
+def test_clients_as_applications_have_them(backend: Backend, options: dict[str, object]) -> None:
+    """Data is bytes, and errors are ours, whatever the client decodes, speaks or pools."""
+    client = backend.client(**options)
+    if options.get("protocol") == 3 and not speaks_resp3(client):
+        pytest.skip("redis-py speaks RESP3 with Redis 6 and later only")
+    tour(SessionGate(client, sign_key=SIGN_KEY))
+
+
+def speaks_resp3(client: Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ResponseError:
+        return False
+
+
+def test_a_client_with_a_blocking_pool(server: Server) -> None:
+    """Threads wait for a connection if that is how the application's pool works."""
+    pool = BlockingConnectionPool(port=server.port, protocol=2, max_connections=2, timeout=10)
+    gate = SessionGate(Redis(connection_pool=pool), sign_key=SIGN_KEY)
+    with ThreadPoolExecutor(8) as threads:
+        for done in [threads.submit(tour, gate) for _ in range(40)]:
+            done.result()
+
+
+def test_a_client_with_client_side_caching(server: Server) -> None:
+    """A caching client works, and never serves a payload from its cache."""
+    client = Redis(port=server.port, protocol=3, cache_config=CacheConfig(), retry=NO_RETRY)
+    try:
+        client.ping()
+    except (redis.ConnectionError, redis.ResponseError):
+        pytest.skip("redis-py caches with Redis 7.4 and later only")
+    tour(SessionGate(client, sign_key=SIGN_KEY))
+
+
+def test_urls(server: Server) -> None:
+    """A gate from a URL works over TCP, over a socket, and in the database that it names."""
+    for url in (server.url, f"redis://127.0.0.1:{server.port}/5", f"unix://{server.socket}?db=5"):
+        with SessionGate.from_url(url, sign_key=SIGN_KEY) as gate:
+            tour(gate)
+            gate.start(300)
+    assert server.client().info("keyspace")["db5"]["keys"] == 2
+
+
+@pytest.mark.filterwarnings(
+    # redis-py leaves the socket to the garbage collector when the TLS handshake fails.
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_a_url_with_tls(server: Server, tmp_path: Path) -> None:
+    """A gate from a rediss:// URL speaks TLS and checks the certificate."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    made = subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
+            *("-keyout", key, "-out", certificate, "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
+        ],
+        capture_output=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip("no openssl to make a certificate with")
+    port = free_port()
+    options = {"--tls-port": port, "--tls-cert-file": certificate, "--tls-key-file": key}
+    try:
+        own = Server(
+            server.binary,
+            [str(word) for pair in options.items() for word in pair] + ["--tls-auth-clients", "no"],
+        )
+    except RuntimeError:
+        pytest.skip("this server was built without TLS")
+    with own:
+        url = f"rediss://127.0.0.1:{port}/0"
+        with SessionGate.from_url(f"{url}?ssl_ca_certs={certificate}", sign_key=SIGN_KEY) as gate:
+            tour(gate)
+        with (
+            SessionGate.from_url(url, sign_key=SIGN_KEY) as gate,
+            pytest.raises(redis.ConnectionError, match="certificate"),
+        ):
+            gate.start(300)
+
+
+def test_a_url_with_a_wrong_password(server: Server) -> None:
+    """A password that the server refuses is redis-py's error, and does not hold it."""
+    client = server.client()
+    client.config_set("requirepass", "right")
+    try:
+        gate = SessionGate.from_url(f"redis://:wrong@127.0.0.1:{server.port}", sign_key=SIGN_KEY)
+        with pytest.raises(redis.AuthenticationError) as caught:
+            gate.start(300)
+        assert "wrong@" not in str(caught.value)
+        gate = SessionGate.from_url(f"redis://:right@127.0.0.1:{server.port}", sign_key=SIGN_KEY)
+        tour(gate)
+    finally:
+        Redis(port=server.port, protocol=2, password="right").config_set("requirepass", "")
+
+
+def test_threads_share_a_gate(backend: Backend) -> None:
+    """Sixteen threads on one gate each read what they themselves wrote, all the time."""
+    gate = backend.gate()
+
+    def work(number: int) -> None:
+        token = gate.start(300, {"user": f"{number}"})
+        for turn in range(100):
+            data = f"{number}.{turn}".encode()
+            gate.pset(token, "user", data)
+            assert gate.pget(token, "user") == data
+        gate.end(token)
+
+    with ThreadPoolExecutor(16) as threads:
+        for done in [threads.submit(work, number) for number in range(32)]:
+            done.result()
+
+
+def test_more_calls_at_once_than_redis_pys_pool_allows(server: Server) -> None:
+    """A gate from a URL goes beyond the 100 connections of redis-py's own pool."""
+    with SessionGate.from_url(server.url, sign_key=SIGN_KEY) as gate:
+        pool = gate._client.connection_pool
+        held = [pool.get_connection() for _ in range(120)]
+        tour(gate)
+        for connection in held:
+            pool.release(connection)
+
+
+def test_one_payload_under_contention(backend: Backend) -> None:
+    """A payload that many threads write is always one of the values written, whole."""
+    gate = backend.gate()
+    token = gate.start(300, {"user": "0" * 1_000})
+    seen: Counter[bytes] = Counter()
+
+    def work(number: int) -> None:
+        for _ in range(50):
+            gate.pset(token, "user", str(number) * 1_000)
+            seen[gate.pget(token, "user")] += 1
+
+    with ThreadPoolExecutor(8) as threads:
+        for done in [threads.submit(work, number) for number in range(8)]:
+            done.result()
+    assert set(seen) <= {str(number).encode() * 1_000 for number in range(10)}
+
+
+FORKS = textwrap.dedent("""
+    import os, sys
+    from redis import Redis
+    from sessiongate import SessionGate
+
+    gate = SessionGate(
+        Redis(
+            port=int(sys.argv[1]),
+            protocol=2,
+            socket_timeout=0.5,  # a reply that another process took never comes
+            single_connection_client=sys.argv[2] == "single",
+        ),
+        sign_key="k" * 32,
+    )
+    tokens = {n: gate.start(300, {"user": f"{n}"}) for n in range(4)}
+    children = []
+    wrong = lost = 0
+    for me in tokens:
+        child = os.fork()
+        if not child:
+            break
+        children.append(child)
+    else:
+        me = 0
+    for _ in range(500):
+        try:
+            wrong += gate.pget(tokens[me], "user") != f"{me}".encode()
+        except Exception as error:
+            lost += 1
+            assert type(error).__module__ == "redis.exceptions", error
+    if not children or len(children) < 4:
+        os._exit(1 if wrong else 2 if lost > 50 else 0)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(wrong, codes)
+""")
+
+
+@pytest.mark.parametrize("pooling", ["pool", "single"])
+def test_a_gate_survives_a_fork(server: Server, pooling: str) -> None:
+    """After a fork parent and children go on with one gate, and none sees another's reply."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, str(server.port), pooling],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("0 [0, 0, 0, 0]\n", "")

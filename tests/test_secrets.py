@@ -1,0 +1,139 @@
+"""Nothing secret reaches the server's logs, a repr, an exception or a traceback."""
+
+import logging
+import threading
+import traceback
+
+import pytest
+from redis import Redis
+
+from sessiongate import SessionGate, SessionGateError
+
+from .conftest import Backend
+from .servers import Server
+
+KEY = "sign-key-that-must-not-leak-anywhere"
+DATA = "payload-that-must-not-leak-anywhere"
+
+
+def run_everything(gate: SessionGate) -> tuple[str, list[BaseException]]:
+    """Every operation once well and once refused; the token and the errors."""
+    token = gate.start(300, {"user": DATA})
+    gate.pset(token, "cart", DATA)
+    gate.pget(token, "user")
+    gate.pdel(token, "user")
+    gate.expire(token, 200)
+    gate.end(token)
+    changed = token[:-1] + ("1" if token[-1] == "0" else "0")
+    errors: list[BaseException] = []
+    for call in (
+        lambda: gate.pget(token, "user"),
+        lambda: gate.pset(token, "user", DATA),
+        lambda: gate.pset(changed, "user", DATA),
+        lambda: gate.pget(token + "x", "user"),
+        lambda: gate.pset(token, "user", DATA * 300_000),
+        lambda: gate.pset(token, "user", DATA + "\ud800"),
+        lambda: gate.start(300, {"user": DATA, "cart": [DATA]}),  # type: ignore[dict-item]  # what a type checker would refuse
+        lambda: gate.start(-1, {"user": DATA}),
+    ):
+        with pytest.raises(SessionGateError) as caught:
+            call()
+        errors.append(caught.value)
+    return token, errors
+
+
+def test_redis_sees_no_sign_key_signature_or_token(server: Server) -> None:
+    """MONITOR, SLOWLOG and what is stored hold neither sign key nor signature nor token."""
+    client = server.client()
+    slower_than = client.config_get("slowlog-log-slower-than")
+    client.config_set("slowlog-log-slower-than", 0)
+    seen: list[str] = []
+    ready = threading.Event()
+
+    def watch() -> None:
+        with server.client().monitor() as monitor:
+            ready.set()
+            for event in monitor.listen():
+                seen.append(event["command"])
+                if "that is all" in event["command"]:
+                    return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    ready.wait()
+    gate = SessionGate(server.client(), sign_key=KEY)
+    token, _ = run_everything(gate)
+    alive = gate.start(300)
+    dump = client.dump(f"sg-session:{{{gate.verify(alive)}}}")
+    assert dump
+    client.echo("that is all")
+    watcher.join()
+    client.config_set("slowlog-log-slower-than", str(slower_than["slowlog-log-slower-than"]))
+    log = b"\n".join(entry["command"] for entry in client.slowlog_get(1_000))
+    assert b"EVALSHA" in log
+    assert any(gate.verify(token) in command for command in seen)
+    for secret in (KEY, token, token[20:], alive, alive[20:]):
+        raw = bytes.fromhex(secret) if len(secret) == 64 else b"\0" * 99
+        for text in ("\n".join(seen).encode(), log, repr(dump).encode(), dump):
+            assert secret.encode() not in text
+            assert raw not in text
+
+
+def test_errors_and_tracebacks_hold_no_secret(backend: Backend) -> None:
+    """No error of ours, nor its traceback, nor what led to it, holds key, token or data."""
+    gate = backend.gate(KEY)
+    token, errors = run_everything(gate)
+    for error in errors:
+        chain: BaseException | None = error
+        while chain is not None:
+            for text in (str(chain), repr(chain), *map(repr, vars(chain).values())):
+                assert_no_secret(text, token)
+            chain = chain.__cause__ or chain.__context__
+        assert_no_secret("".join(traceback.format_exception(error)), token)
+
+
+def assert_no_secret(text: str, token: str) -> None:
+    for secret in (KEY, DATA, token[20:]):
+        assert secret not in text
+
+
+def test_reprs_hold_no_secret(backend: Backend) -> None:
+    """The repr of a gate, and of everything in it, holds no key, token or data."""
+    gate = backend.gate(KEY)
+    token = gate.start(300, {"user": DATA})
+    commands = gate._commands
+    command = commands.pset(token, "user", DATA)
+    for thing in (gate, commands, commands._ring, commands._keyspace, command, command.script):
+        assert_no_secret(repr(thing), token)
+    assert repr(gate) == "<SessionGate prefix='sg-session'>"
+    assert repr(command) == "<Command pset>"
+
+
+def test_locals_of_our_frames_hold_no_data_or_sign_key(backend: Backend) -> None:
+    """A tool that prints local variables finds no sign key and no packed request in our frames."""
+    gate = backend.gate(KEY)
+    token = gate.start(300, {"user": "x"})
+    gate.end(token)
+    with pytest.raises(SessionGateError) as caught:
+        gate.pget(token, "user")
+    shown = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    frames = [frame for frame in shown.stack if "/sessiongate/" in frame.filename]
+    assert frames
+    for frame in frames:
+        for value in (frame.locals or {}).values():
+            assert KEY not in value
+
+
+def test_nothing_is_logged(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    """With every logger at DEBUG, no record holds a secret."""
+    caplog.set_level(logging.DEBUG)
+    token, _ = run_everything(backend.gate(KEY))
+    for record in caplog.records:
+        assert_no_secret(record.getMessage(), token)
+
+
+def test_a_url_with_a_password_is_not_shown() -> None:
+    """The password of a URL is in no repr of the gate."""
+    gate = SessionGate.from_url("redis://:hunter2@127.0.0.1:1/0", sign_key=KEY)
+    assert "hunter2" not in repr(gate)
+    assert isinstance(gate._client, Redis)
