@@ -4,9 +4,10 @@
 --   ARGV[2]   fingerprint of the token, 16 bytes
 --   ARGV[3]   ttl: whole seconds from now; 0 stores nothing
 --   ARGV[4]   '1' if this same start was sent before and may have run, else '0'
---   ARGV[5…]  payload field, its data, and so on
+--   ARGV[5..] payload field, its data, and so on
 -- Returns echo. Errors: IDTAKEN.
-local session, echo, fingerprint, ttl, repeated = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local session, echo, fingerprint, repeated = KEYS[1], ARGV[1], ARGV[2], ARGV[4]
+local ttl = tonumber(ARGV[3])
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
 -- writes after TIME if it does.
@@ -16,14 +17,14 @@ if redis.call('EXISTS', session) == 1 then
   if repeated == '1' and redis.call('HGET', session, 'fp') == fingerprint then return echo end
   return redis.error_reply('IDTAKEN ' .. echo)
 end
-if ttl == '0' then return echo end
+if ttl <= 0 then return echo end
 
--- Only the first write of a script is refused (out of memory, read only): from here on all of it runs.
+-- All that can fail comes before the first write, or is undone: no session is without an end.
+local now = redis.call('TIME')
+local ends = string.format('%.0f', (now[1] + ttl) * 1000 + math.floor(now[2] / 1000))
 local written = redis.pcall('HSET', session, 'fp', fingerprint)
 if written ~= 1 then return redis.error_reply(written.err .. ' ' .. echo) end
-local now = redis.call('TIME')
-local ends = (now[1] + ttl) * 1000 + math.floor(now[2] / 1000)
-local expires = redis.pcall('PEXPIREAT', session, string.format('%.0f', ends))
+local expires = redis.pcall('PEXPIREAT', session, ends)
 if expires ~= 1 then
   redis.call('DEL', session)
   return redis.error_reply(expires.err .. ' ' .. echo)
