@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# A virtual environment that could not be finished (Debian without python3-venv) is made anew.
+.DELETE_ON_ERROR:
+
 .PHONY: help demo test lint types check bench clean
 
 help:
@@ -12,7 +15,7 @@ help:
 	@echo "make bench   speed and memory, as ratios; writes bench.json"
 
 demo: $(VENV)/demo
-	@$(BIN)/sessiongate demo $(if $(URL),--url $(URL))
+	@$(BIN)/sessiongate demo $${URL:+--url "$$URL"}
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest $(ARGS)

@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except ConfigurationError as error:
         return _fail(_MISUSED, str(error))
-    except (RedisError, ValueError) as error:
-        # ValueError: what a host name or a timeout in the URL can provoke in sockets.
+    except RedisError as error:
         return _fail(_FAILED, f"{without_secrets(arguments.url)}: {error}")
     except KeyboardInterrupt:
         return _INTERRUPTED

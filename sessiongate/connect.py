@@ -1,7 +1,10 @@
 """A URL becomes a redis-py client with the settings that a gate wants."""
 
+from urllib.parse import urlsplit
+
 from redis import Redis
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from .errors import ConfigurationError
@@ -11,6 +14,7 @@ MEMORY_URL = "memory://"
 # redis-py's pool makes connections as they are needed and raises at its limit, 100 unless told
 # otherwise; threads that share a gate should meet their own limit first.
 _MAX_CONNECTIONS = 10_000
+_TIMEOUTS = ("socket_timeout", "socket_connect_timeout")
 
 
 def client_from_url(url: str) -> "Redis":
@@ -25,23 +29,29 @@ def client_from_url(url: str) -> "Redis":
     if client is None:
         # Not the URL itself: it may hold a password.
         raise ConfigurationError(
-            "not a URL that a gate understands: give redis://host:6379/0, rediss://…, "
-            "unix:///path/to/socket or memory://"
+            "not a URL that a gate understands: give redis://host:6379/0, rediss://..., "
+            "unix:///path/to/socket or memory://, with options of redis-py behind a ?"
         )
     return client
 
 
 def _server(url: str) -> "Redis | None":
     try:
+        parts = urlsplit(url)
+        if parts.scheme != "unix" and parts.path.strip("/"):
+            int(parts.path.strip("/"))  # redis-py takes what is no database for database 0
         # RESP2, since redis-py's HELLO fails before Redis 6. No retries of redis-py's own: the gate
         # knows which command may be sent twice.
         client = Redis.from_url(
             url, protocol=2, retry=Retry(NoBackoff(), 0), max_connections=_MAX_CONNECTIONS
         )
-        # Options are looked at when a connection is made, not connected: now rather than later.
+        # What redis-py and the socket module look at when they connect, looked at now.
         pool = client.connection_pool
         pool.connection_class(**pool.connection_kwargs)
-    except (AttributeError, TypeError, ValueError):
+        pool.connection_kwargs.get("host", "").encode("idna")
+        if min(pool.connection_kwargs.get(option) or 1 for option in _TIMEOUTS) < 0:
+            return None
+    except (AttributeError, RedisError, TypeError, ValueError):
         return None
     return client
 

@@ -62,7 +62,11 @@ class Server:
         self.socket = self.folder / "s"
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
-        self.start()
+        try:
+            self.start()
+        except RuntimeError:
+            shutil.rmtree(self.folder)
+            raise
 
     @property
     def url(self) -> str:
