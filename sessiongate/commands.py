@@ -16,7 +16,7 @@ from .errors import IdTakenError, PayloadNotFoundError, SessionNotFoundError
 from .keyspace import Keyspace
 from .scripts import Script
 from .tokens import SignKeyRing
-from .wire import Refusal
+from .wire import Answer, Refusal
 
 R = TypeVar("R")
 
@@ -40,7 +40,7 @@ class Command(NamedTuple, Generic[R]):
         # Arguments are fingerprints and payloads: not for logs.
         return f"<Command {self.script.name}>"
 
-    def result(self, answer: bytes | Refusal | redis_errors.ResponseError) -> R:
+    def result(self, answer: Answer) -> R:
         """What the caller gets: the decoded answer, or the error that stands for it, raised."""
         if isinstance(answer, bytes):
             return self.decode(answer)

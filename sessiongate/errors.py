@@ -20,6 +20,7 @@ class SessionGateError(Exception):
         ├── ArgumentError                also a ValueError
         ├── ConfigurationError           also a ValueError
         ├── GateClosedError
+        ├── EventLoopError               also a RuntimeError
         └── IdTakenError                 the random source is broken
     """
 
@@ -91,6 +92,16 @@ class GateClosedError(SessionGateError):
 
     def __str__(self) -> str:
         return "the gate is closed: make a new one, or close this one later"
+
+
+class EventLoopError(SessionGateError, RuntimeError):
+    """The gate was used from another event loop than before; its connection lives in that one."""
+
+    def __str__(self) -> str:
+        return (
+            "this gate belongs to another event loop, or to the process that this one was forked "
+            "from: make one gate for each event loop"
+        )
 
 
 class IdTakenError(SessionGateError):

@@ -299,8 +299,7 @@ class SessionGate:
                 reply = connection.read_response(disable_decoding=True)
             except ResponseError as error:
                 reply = error
-            answer = unpack(reply, echo)
-            proven = True
+            answer, proven = unpack(reply, echo)
         finally:
             if not proven:
                 connection.disconnect()

@@ -34,17 +34,14 @@ class SignKeyRing:
             )
         if not keys:
             raise ConfigurationError("sign_key is an empty list: give at least one sign key")
-        # HMAC objects that have taken in their key: copying one is cheaper than keying anew.
-        self._macs = tuple(hmac.new(_key_bytes(key), digestmod="sha256") for key in keys)
+        self._macs = tuple(_Mac(_key_bytes(key)) for key in keys)
 
     def __repr__(self) -> str:
         return f"<SignKeyRing of {len(self._macs)}>"
 
     def sign(self, session_id: str) -> tuple[str, bytes]:
         """The token of a session id, signed with the newest key, and its fingerprint."""
-        mac = self._macs[0].copy()
-        mac.update(session_id.encode())
-        signature = mac.digest()
+        signature = self._macs[0](session_id.encode())
         return f"v1.{session_id}.{signature.hex()}", _fingerprint(signature)
 
     def verify(self, token: str | bytes) -> tuple[str, bytes]:
@@ -60,14 +57,34 @@ class SignKeyRing:
         session_id, signature = match.groups()
         claimed = bytes.fromhex(signature)
         message = session_id.encode()
-        for keyed in self._macs:
-            mac = keyed.copy()
-            mac.update(message)
-            genuine = mac.digest()
+        for mac in self._macs:
+            genuine = mac(message)
             # PyNaCl's sodium_memcmp does the same through cffi: 1.4 µs instead of 0.06.
             if hmac.compare_digest(genuine, claimed):
                 return session_id, _fingerprint(genuine)
         raise BadSignatureError
+
+
+class _Mac:
+    """HMAC-SHA256 with one key, which is taken in once (RFC 2104, section 4).
+
+    Half the time of `hmac.digest`, which takes in the key anew, and of copies of `hmac.HMAC`.
+    """
+
+    __slots__ = ("_inner", "_outer")
+
+    def __init__(self, key: bytes) -> None:
+        block = sha256().block_size
+        padded = (sha256(key).digest() if len(key) > block else key).ljust(block, b"\0")
+        self._inner = sha256(bytes(byte ^ 0x36 for byte in padded))
+        self._outer = sha256(bytes(byte ^ 0x5C for byte in padded))
+
+    def __call__(self, message: bytes) -> bytes:
+        inner = self._inner.copy()
+        inner.update(message)
+        outer = self._outer.copy()
+        outer.update(inner.digest())
+        return outer.digest()
 
 
 def _fingerprint(signature: bytes) -> bytes:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import redis
-from redis import BlockingConnectionPool, Redis
+from redis import BlockingConnectionPool, ConnectionPool, Redis
+from redis._parsers import _RESP2Parser
 from redis.cache import CacheConfig
 
 from sessiongate import PayloadNotFoundError, SessionGate, SessionNotFoundError
@@ -63,6 +64,13 @@ def speaks_resp3(client: Redis) -> bool:
         return bool(client.ping())
     except redis.ResponseError:
         return False
+
+
+@pytest.mark.parametrize("options", [{}, {"decode_responses": True}], ids=repr)
+def test_a_client_without_hiredis(server: Server, options: dict[str, bool]) -> None:
+    """The parser in Python serves as well as the one in C."""
+    pool = ConnectionPool(port=server.port, protocol=2, parser_class=_RESP2Parser, **options)
+    tour(SessionGate(Redis(connection_pool=pool), sign_key=SIGN_KEY))
 
 
 def test_a_client_with_a_blocking_pool(server: Server) -> None:

@@ -1,0 +1,567 @@
+"""What the library costs beside what it stands on: `make bench`.
+
+One run on a server of its own, one table, and the same figures in `bench.json`. What is compared is
+measured in turns, so that whatever else the machine does disturbs both sides. It judges nothing: a
+missed goal is shown, not raised.
+"""
+# ruff: noqa: T201  # a table on the terminal is what it is for
+
+import argparse
+import json
+import os
+import platform
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from secrets import token_hex
+from statistics import median
+from timeit import repeat
+from types import TracebackType
+from typing import Self
+
+import redis
+from redis import Redis
+from redis._parsers import Encoder, _RESP2Parser
+from redis.connection import Connection, PythonRespSerializer
+from redis.utils import HIREDIS_AVAILABLE
+
+import sessiongate
+from sessiongate import InvalidTokenError, SessionGate
+from sessiongate.commands import AnyCommand, Commands
+from sessiongate.wire import new_echo, pack
+
+from .servers import Server, server_binaries
+
+SIGN_KEY = "a sign key of the benchmark, 32 bytes and more"
+TTL = 3600
+NAME = "user"
+FIELD = ":user"
+DATA = b"x" * 30
+
+# Operations, and the commands that would do their work if there were no sessions.
+PAIRS = (("pget", "hget"), ("pset", "hset"))
+
+# The pure-Python half of redis-py, whether hiredis is installed or not.
+PURE_PYTHON: Mapping[str, object] = {
+    "parser_class": _RESP2Parser,
+    "command_packer": PythonRespSerializer(6000, Encoder("utf-8", "strict", False).encode),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A figure, the goal it is held to, and what it was made from."""
+
+    figure: str
+    measured: float
+    goal: float
+    unit: str = ""
+    at_least: bool = False
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.goal if self.at_least else self.measured <= self.goal
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The server of this run, and how much of everything is measured."""
+
+    server: Server
+    quick: bool
+
+    def times(self, full: int) -> int:
+        """How often to do what a full run does `full` times."""
+        return max(1, full // 16) if self.quick else full
+
+    def client(self, **settings: object) -> Redis:
+        """A client, made the same way for a gate and for bare redis-py."""
+        return Redis.from_url(self.server.url, protocol=2, **settings)
+
+
+# --- in turns -------------------------------------------------------------------------------------
+
+# Works for one round and returns its figure. One that awaits runs a loop of its own.
+Contender = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """What each contender returned, round by round."""
+
+    figures: Mapping[str, Sequence[float]]
+
+    def median(self, name: str) -> float:
+        return median(self.figures[name])
+
+    def ratio(self, name: str, other: str) -> float:
+        """The median of each round's ratio: what slows a whole round does not count."""
+        pairs = zip(self.figures[name], self.figures[other], strict=True)
+        return median(ours / theirs for ours, theirs in pairs)
+
+
+def in_turns(contenders: Mapping[str, Contender], rounds: int) -> Rounds:
+    """Let each contender work once a round; every other round runs in reverse."""
+    figures: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    for _ in range(rounds):
+        for name in order:
+            figures[name].append(contenders[name]())
+        order.reverse()
+    return Rounds(figures)
+
+
+def timed(call: Callable[[], object], calls: int = 50) -> Contender:
+    """Microseconds a call, the median of a round."""
+
+    def contender() -> float:
+        clock = time.perf_counter_ns
+        taken = []
+        for _ in range(calls):
+            begun = clock()
+            call()
+            taken.append(clock() - begun)
+        return median(taken) / 1000
+
+    return contender
+
+
+@contextmanager
+def on_cores(server: Server, *, shared: bool) -> Iterator[None]:
+    """Keep this process and the server on one core or on two, where the system lets us (Linux).
+
+    Left alone they come to lie together or apart, at random, and the ratios with them: to wake a
+    core that idles may take longer than the call itself, and hides what is compared.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    os.sched_setaffinity(server.pid, {max(cores) if shared else min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(server.pid, cores)
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def calls(bench: Bench) -> Iterator[Row]:
+    """A call of the gate beside the bare command it stands for, as redis-py comes."""
+    yield from _calls(bench, "", {})
+
+
+def calls_to_another_core(bench: Bench) -> Iterator[Row]:
+    """The same, waking the server on a core of its own."""
+    yield from _calls(bench, ", on two cores", {}, shared=False)
+
+
+def pure_python_calls(bench: Bench) -> Iterator[Row]:
+    """The same without hiredis."""
+    if HIREDIS_AVAILABLE:
+        yield from _calls(bench, ", without hiredis", PURE_PYTHON)
+
+
+def _calls(
+    bench: Bench, variant: str, settings: Mapping[str, object], *, shared: bool = True
+) -> Iterator[Row]:
+    with (
+        on_cores(bench.server, shared=shared),
+        bench.client(**settings) as ours,
+        bench.client(**settings) as bare,
+    ):
+        gate = SessionGate(ours, sign_key=SIGN_KEY)
+        token = gate.start(TTL, {NAME: DATA})
+        key = f"sg-session:{{{token_hex(8)}}}"
+        bare.hset(key, mapping={"fp": os.urandom(16), FIELD: DATA})
+        bare.expire(key, TTL)
+        rounds = in_turns(
+            {
+                "pget": timed(lambda: gate.pget(token, NAME)),
+                "hget": timed(lambda: bare.hget(key, FIELD)),
+                "pset": timed(lambda: gate.pset(token, NAME, DATA)),
+                "hset": timed(lambda: bare.hset(key, FIELD, DATA)),
+            },
+            bench.times(800),
+        )
+    for operation, command in PAIRS:
+        yield Row(
+            f"{operation} / {command}{variant}",
+            rounds.ratio(operation, command),
+            goal=1.10,
+            parts={f"{name}_us": rounds.median(name) for name in (operation, command)},
+        )
+
+
+def verifying(bench: Bench) -> Iterator[Row]:
+    """A genuine token, verified locally."""
+    with bench.client() as client:
+        gate = SessionGate(client, sign_key=SIGN_KEY)
+        token = gate.start(TTL)
+        runs = repeat(
+            "verify(token)",
+            globals={"verify": gate.verify, "token": token},
+            repeat=bench.times(1000),
+            number=1000,
+        )
+    yield Row("verifying a token", median(runs) * 1000, goal=3.0, unit="us")
+
+
+def forging(bench: Bench) -> Iterator[Row]:
+    """What the server receives while tokens with a wrong signature are presented."""
+    with bench.client() as ours, bench.client() as observer:
+        gate = SessionGate(ours, sign_key=SIGN_KEY)
+        session_id = gate.verify(gate.start(TTL, {NAME: DATA}))
+        forged = [f"v1.{session_id}.{token_hex(32)}" for _ in range(1000)]
+        before = _received(observer)
+        asking = _received(observer) - before
+        refused = sum(_is_refused(gate, token) for token in forged)
+        sent = _received(observer) - before - 2 * asking
+    yield Row(
+        "sent to the server for 1,000 forged tokens",
+        sent,
+        goal=0,
+        unit="B",
+        parts={"refused": refused},
+    )
+
+
+def _received(observer: Redis) -> int:
+    return int(observer.info("stats")["total_net_input_bytes"])
+
+
+def _is_refused(gate: SessionGate, token: str) -> bool:
+    try:
+        gate.pget(token, NAME)
+    except InvalidTokenError:
+        return True
+    return False
+
+
+def round_trips(bench: Bench) -> Iterator[Row]:
+    """Requests of each operation, once its script is registered."""
+    with bench.client(connection_class=CountingConnection) as client:
+        gate = SessionGate(client, sign_key=SIGN_KEY)
+        _requests_of_each(gate)
+        counts = _requests_of_each(gate)
+    yield Row("requests of an operation, at most", max(counts.values()), goal=1, parts=counts)
+
+
+class CountingConnection(Connection):
+    """A connection of redis-py that counts what is sent over all of its kind."""
+
+    sent = 0
+
+    def send_packed_command(self, command: list[bytes], check_health: bool = True) -> None:
+        CountingConnection.sent += 1
+        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]  # as redis-py has it
+
+
+def _requests_of_each(gate: SessionGate) -> dict[str, int]:
+    token = ""
+
+    def start() -> None:
+        nonlocal token
+        token = gate.start(TTL)
+
+    operations: dict[str, Callable[[], object]] = {
+        "start": start,
+        "expire": lambda: gate.expire(token, TTL),
+        "pset": lambda: gate.pset(token, NAME, DATA),
+        "pget": lambda: gate.pget(token, NAME),
+        "pdel": lambda: gate.pdel(token, NAME),
+        "end": lambda: gate.end(token),
+    }
+    counts = {}
+    for name, operation in operations.items():
+        before = CountingConnection.sent
+        operation()
+        counts[name] = CountingConnection.sent - before
+    return counts
+
+
+def throughput(bench: Bench) -> Iterator[Row]:
+    """Pipelined requests per second of the server's CPU time, script beside plain command."""
+    with (
+        on_cores(bench.server, shared=False),
+        bench.client() as client,
+        Crowd(bench.server) as crowd,
+    ):
+        gate = SessionGate(client, sign_key=SIGN_KEY)
+        token = gate.start(TTL, {NAME: DATA})
+        gate.pget(token, NAME)
+        gate.pset(token, NAME, DATA)
+        pget = commands_of(gate).pget(token, NAME)
+        pset = commands_of(gate).pset(token, NAME, DATA)
+        key, field_name = pget.keys[0], FIELD.encode()
+        requests: dict[str, Callable[[], bytes]] = {
+            "pget": partial(request, pget),
+            "hget": partial(plain_request, b"HGET", key, field_name),
+            "pset": partial(request, pset),
+            "hset": partial(plain_request, b"HSET", key, field_name, DATA),
+        }
+        contenders = {name: crowd.contender(client, make) for name, make in requests.items()}
+        rounds = in_turns(contenders, bench.times(64))
+    for operation, command in PAIRS:
+        yield Row(
+            f"{operation} / {command}, pipelined, on the server",
+            rounds.ratio(operation, command),
+            goal=0.25,
+            at_least=True,
+            parts={f"{name}_per_s": rounds.median(name) for name in (operation, command)},
+        )
+
+
+class Crowd:
+    """50 plain connections that keep a server busy, 16 requests deep, as redis-benchmark would.
+
+    A Python client is hardly faster than the server: so what counts is the server's CPU time, not
+    the clock.
+    """
+
+    CONNECTIONS = 50
+    DEPTH = 16
+    TURNS = 40
+
+    def __init__(self, server: Server) -> None:
+        with ExitStack() as stack:
+            self._sockets = [
+                stack.enter_context(connected(server)) for _ in range(self.CONNECTIONS)
+            ]
+            self._stack = stack.pop_all()
+
+    def contender(self, client: Redis, make: Callable[[], bytes]) -> Contender:
+        """Requests per second of CPU time that `client` sees the server spend."""
+        batch = b"".join(make() for _ in range(self.DEPTH))
+        expected = len(replies(self._sockets[0], batch))
+
+        def contender() -> float:
+            before = _cpu_seconds(client)
+            self._exchange(batch, expected)
+            spent = _cpu_seconds(client) - before
+            return self.CONNECTIONS * self.DEPTH * self.TURNS / spent
+
+        return contender
+
+    def _exchange(self, batch: bytes, expected: int) -> None:
+        buffer = bytearray(expected)
+        for sock in self._sockets:
+            sock.sendall(batch)
+        for turn in range(1, self.TURNS + 1):
+            for sock in self._sockets:
+                missing = expected
+                while missing:
+                    missing -= sock.recv_into(buffer, missing)
+                if turn < self.TURNS:
+                    sock.sendall(batch)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+
+def _cpu_seconds(client: Redis) -> float:
+    spent = client.info("cpu")
+    return float(spent["used_cpu_user"]) + float(spent["used_cpu_sys"])
+
+
+def memory(bench: Bench) -> Iterator[Row]:
+    """Server memory of a session."""
+    # An eighth fills the server's hash tables as much as the whole does.
+    sessions = 12_500 if bench.quick else 100_000
+    with bench.client() as client:
+        gate = SessionGate(client, sign_key=SIGN_KEY)
+        gate.start(TTL)
+        for payload_bytes, goal in (0, 190), (30, 240), (88, 510):
+            client.flushall()
+            before = _settled_memory(client)
+            _load(bench.server, commands_of(gate), sessions, payload_bytes)
+            if client.dbsize() != sessions:
+                raise RuntimeError("sessions were refused: what they take cannot be told")
+            measured = (_settled_memory(client) - before) / sessions
+            what = f"a payload of {payload_bytes} B" if payload_bytes else "no payload"
+            yield Row(f"memory of a session, {what}", measured, goal, unit="B")
+        client.flushall()
+
+
+def _load(server: Server, commands: Commands, sessions: int, payload_bytes: int) -> None:
+    payloads = {NAME: b"x" * payload_bytes} if payload_bytes else None
+    requests = (request(commands.start(TTL, payloads)) for _ in range(sessions))
+    with connected(server) as sock:
+        while batch := b"".join(islice(requests, 1000)):
+            replies(sock, batch)
+
+
+def _settled_memory(client: Redis) -> int:
+    """Bytes in use, once nothing is being freed, rehashed or shrunk any more."""
+    readings: list[int] = []
+    while len(readings) < 100:
+        readings.append(client.info("memory")["used_memory"])
+        if len(readings) >= 10 and len(set(readings[-10:])) == 1:
+            break
+        time.sleep(0.05)
+    return readings[-1]
+
+
+def importing(bench: Bench) -> Iterator[Row]:
+    """CPU time of an interpreter that imports the library, beside one that imports redis-py."""
+    modules = ("sessiongate", "redis")
+    for module in modules:  # writes the bytecode, if it is not there yet
+        _import_ms(module)
+    rounds = in_turns({module: partial(_import_ms, module) for module in modules}, bench.times(32))
+    yield Row(
+        "import sessiongate / import redis",
+        rounds.ratio(*modules),
+        goal=1.15,
+        parts={f"{module}_ms": rounds.median(module) for module in modules},
+    )
+
+
+def _import_ms(module: str) -> float:
+    command = [sys.executable, "-c", f"import {module}"]
+    process = os.posix_spawn(sys.executable, command, os.environ)
+    _, status, usage = os.wait4(process, 0)
+    if status:
+        raise RuntimeError(f"import {module} failed")
+    return (usage.ru_utime + usage.ru_stime) * 1000
+
+
+FIGURES: Sequence[Callable[[Bench], Iterator[Row]]] = (
+    calls,
+    calls_to_another_core,
+    pure_python_calls,
+    verifying,
+    forging,
+    round_trips,
+    throughput,
+    memory,
+    importing,
+)
+
+
+# --- plain sockets --------------------------------------------------------------------------------
+
+
+def commands_of(gate: SessionGate) -> Commands:
+    """What the gate itself makes its commands with."""
+    return gate._commands  # the very requests of a gate, not a copy of how it makes them
+
+
+def request(command: AnyCommand) -> bytes:
+    """A command as a gate sends it."""
+    return b"".join(pack(command, new_echo()))
+
+
+def plain_request(*words: bytes) -> bytes:
+    """A command of Redis as any client sends it."""
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(w), w) for w in words)
+
+
+def connected(server: Server) -> socket.socket:
+    """A plain connection; a server that says nothing for 10 s is an error."""
+    return socket.create_connection(("127.0.0.1", server.port), timeout=10)
+
+
+def replies(sock: socket.socket, requests: bytes) -> bytes:
+    """All that comes back for the requests. A PING behind them tells where it ends."""
+    sock.sendall(requests + b"PING\r\n")
+    received = bytearray()
+    while not received.endswith(b"+PONG\r\n"):
+        received += sock.recv(65536)
+    return bytes(received.removesuffix(b"+PONG\r\n"))
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+LINE = "{:<46} {:>10}    {:>10}  {:<6}  {}"
+
+
+def line(row: Row) -> str:
+    """A row as a line of the table."""
+    sign = ">=" if row.at_least else "<="
+    return LINE.format(
+        row.figure,
+        f"{_figure(row.measured)} {row.unit}".strip(),
+        f"{sign} {_figure(row.goal)} {row.unit}".strip(),
+        "met" if row.met else "MISSED",
+        ", ".join(f"{name} {_figure(value)}" for name, value in row.parts.items()),
+    ).rstrip()
+
+
+def _figure(value: float) -> str:
+    """Three digits; of a count, and of what is larger, all before the point."""
+    if isinstance(value, int) or value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def surroundings(server: str) -> dict[str, str | bool]:
+    """What the figures hold for."""
+    name, version = server.split("-", 1)
+    return {
+        "sessiongate": sessiongate.__version__,
+        "server": name,
+        "server_version": version,
+        "python": platform.python_version(),
+        "redis_py": redis.__version__,
+        "hiredis": HIREDIS_AVAILABLE,
+    }
+
+
+def preferred(servers: Sequence[str]) -> str:
+    """Redis 7 if it is there: what the goals were set on. Else the newest Redis, else anything."""
+
+    def rank(server: str) -> tuple[bool, bool, list[int]]:
+        version = [int(number) for number in re.findall(r"\d+", server)]
+        return server.startswith("redis-7."), server.startswith("redis-"), version
+
+    return max(servers, key=rank)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure everything, print the table and write `bench.json` into the current folder."""
+    binaries = server_binaries()
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--server", choices=binaries, help="one of those found")
+    parser.add_argument("--quick", action="store_true", help="10 seconds, to see that it runs")
+    options = parser.parse_args(argv)
+    if not binaries:
+        parser.error("no server found")
+    name = options.server or preferred(list(binaries))
+
+    about = surroundings(name)
+    print(", ".join(f"{key} {value}" for key, value in about.items()), end="\n\n")
+    print(LINE.format("figure", "measured", "goal", "", ""), flush=True)
+    rows = []
+    with Server(binaries[name]) as server:
+        bench = Bench(server, options.quick)
+        for figure in FIGURES:
+            for row in figure(bench):
+                print(line(row), flush=True)
+                rows.append(row)
+    figures = [{**asdict(row), "met": row.met} for row in rows]
+    Path("bench.json").write_text(
+        json.dumps({**about, "quick": options.quick, "figures": figures}, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
