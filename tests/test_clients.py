@@ -66,10 +66,9 @@ def speaks_resp3(client: Redis) -> bool:
         return False
 
 
-@pytest.mark.parametrize("options", [{}, {"decode_responses": True}], ids=repr)
-def test_a_client_without_hiredis(server: Server, options: dict[str, bool]) -> None:
+def test_a_client_without_hiredis(server: Server) -> None:
     """The parser in Python serves as well as the one in C."""
-    pool = ConnectionPool(port=server.port, protocol=2, parser_class=_RESP2Parser, **options)
+    pool = ConnectionPool(port=server.port, protocol=2, parser_class=_RESP2Parser)
     tour(SessionGate(Redis(connection_pool=pool), sign_key=SIGN_KEY))
 
 
