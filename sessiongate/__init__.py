@@ -1,5 +1,6 @@
 """Sessions with signed tokens and named payloads, on stock Redis."""
 
+from .aio import AsyncSessionGate
 from .errors import (
     ArgumentError,
     BadSignatureError,
@@ -19,6 +20,7 @@ from .gate import SessionGate
 
 __all__ = [
     "ArgumentError",
+    "AsyncSessionGate",
     "BadSignatureError",
     "ConfigurationError",
     "EventLoopError",

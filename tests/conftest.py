@@ -1,20 +1,29 @@
-"""Fixtures: every server found, memory beside them, and gates on each."""
+"""Fixtures: every server found, memory beside them, and gates of both kinds on each."""
 
-from collections.abc import Iterator
+import asyncio
+import inspect
+from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Self, cast
 
 import pytest
-from fakeredis import FakeRedis, FakeServer
+from fakeredis import FakeAsyncRedis, FakeRedis, FakeServer
 from redis import Redis
+from redis import asyncio as redis_asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
 
-from sessiongate import SessionGate
+from sessiongate import AsyncSessionGate, SessionGate
 
-from .servers import Server, server_binaries
+from .servers import NO_RETRY, Server, server_binaries
 
 SIGN_KEY = "a sign key of the tests, 32 bytes and more"
 
 _BINARIES = server_binaries()
 _running: dict[str, Server] = {}
+
+AnyClient = Redis | redis_asyncio.Redis
+Key = str | bytes | list[str | bytes]
 
 
 @cache
@@ -29,32 +38,132 @@ def pytest_sessionfinish() -> None:
         server.close()
 
 
-class Backend:
-    """Where sessions are kept: a server, or fakeredis in the process."""
+class Flavour:
+    """Gates of one kind, and clients for them; an asynchronous gate has blocking methods here.
 
-    def __init__(self, server: Server | None) -> None:
+    So one test states a behaviour for both.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.is_async = name != "sync"
+        self._auto_pipeline = name == "async"
+        self.no_retry = AsyncRetry(NoBackoff(), 0) if self.is_async else NO_RETRY
+        self.runner = asyncio.Runner()
+        self._close: list[Callable[[], object]] = []
+
+    def client(self, port: int, **options: object) -> AnyClient:
+        """A client as an application has it, with options of redis-py."""
+        kind = redis_asyncio.Redis if self.is_async else Redis
+        client = kind(port=port, **{"protocol": 2, **options})  # type: ignore[arg-type]  # options are redis-py's own
+        self._close.append(
+            client.aclose if isinstance(client, redis_asyncio.Redis) else client.close
+        )
+        return client
+
+    def memory(self, server: FakeServer, **options: object) -> AnyClient:
+        """A client of fakeredis."""
+        kind = FakeAsyncRedis if self.is_async else FakeRedis
+        return kind(server=server, **{"protocol": 2, **options})  # type: ignore[arg-type]  # likewise
+
+    def gate(self, client: AnyClient, sign_key: Key = SIGN_KEY, **options: object) -> SessionGate:
+        """A gate on that client."""
+        if isinstance(client, Redis):
+            return SessionGate(client, sign_key=sign_key, **options)  # type: ignore[arg-type]  # options are the gate's own
+        options.setdefault("auto_pipeline", self._auto_pipeline)
+        gate = AsyncSessionGate(client, sign_key=sign_key, **options)  # type: ignore[arg-type]  # likewise
+        return self._blocking(gate)
+
+    def gate_from_url(self, url: str, **options: object) -> SessionGate:
+        """A gate on a client of its own."""
+        if self.is_async:
+            options.setdefault("auto_pipeline", self._auto_pipeline)
+            return self._blocking(AsyncSessionGate.from_url(url, sign_key=SIGN_KEY, **options))  # type: ignore[arg-type]  # likewise
+        gate = SessionGate.from_url(url, sign_key=SIGN_KEY, **options)  # type: ignore[arg-type]  # likewise
+        self._close.append(gate.close)
+        return gate
+
+    def _blocking(self, gate: AsyncSessionGate) -> SessionGate:
+        self._close.append(gate.aclose)
+        return cast("SessionGate", Blocking(gate, self.runner))
+
+    def close(self) -> None:
+        # Gates before the clients that they were made with.
+        for close in reversed(self._close):
+            closing = close()
+            if inspect.isawaitable(closing):
+                self.runner.run(_awaited(closing))
+        self.runner.close()
+
+
+async def _awaited(awaitable: object) -> None:
+    await awaitable  # type: ignore[misc]  # it is
+
+
+class Blocking:
+    """An asynchronous gate, each of whose methods is run to its end on the event loop."""
+
+    def __init__(self, gate: AsyncSessionGate, runner: asyncio.Runner) -> None:
+        self.awaited = gate
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> object:
+        found = getattr(self.awaited, "aclose" if name == "close" else name)
+        if not inspect.iscoroutinefunction(found):
+            return found
+        return lambda *args, **options: self._runner.run(found(*args, **options))
+
+    def __repr__(self) -> str:
+        return repr(self.awaited).replace("AsyncSessionGate", "SessionGate")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.run(self.awaited.aclose())
+
+
+class Backend:
+    """Where sessions are kept, a server or fakeredis in the process, and the kind of its gates."""
+
+    def __init__(self, server: Server | None, flavour: Flavour) -> None:
         self.server = server
+        self.flavour = flavour
         self._memory = FakeServer()
 
-    def client(self, **options: object) -> Redis:
-        """A new client of this backend, with options of redis-py."""
+    def client(self) -> Redis:
+        """A client to look into the backend with."""
         if self.server is None:
-            return FakeRedis(server=self._memory, **{"protocol": 2, **options})  # type: ignore[arg-type]  # options are redis-py's own
-        return Redis(port=self.server.port, **{"protocol": 2, **options})  # type: ignore[arg-type]  # options are redis-py's own
+            return FakeRedis(server=self._memory, protocol=2)
+        return Redis(port=self.server.port, protocol=2)
 
-    def gate(
-        self, sign_key: str | bytes | list[str | bytes] = SIGN_KEY, **options: object
-    ) -> SessionGate:
+    def gates_client(self, **options: object) -> AnyClient:
+        """A client for a gate, with options of redis-py."""
+        if self.server is None:
+            return self.flavour.memory(self._memory, **options)
+        return self.flavour.client(self.server.port, **options)
+
+    def gate(self, sign_key: Key = SIGN_KEY, **options: object) -> SessionGate:
         """A gate on a client of its own."""
-        return SessionGate(self.client(), sign_key=sign_key, **options)  # type: ignore[arg-type]  # options are the gate's own
+        return self.flavour.gate(self.gates_client(), sign_key, **options)
+
+
+FLAVOURS = ["sync", "async", "async-pooled"]
+
+
+@pytest.fixture(params=FLAVOURS)
+def flavour(request: pytest.FixtureRequest) -> Iterator[Flavour]:
+    """Both kinds of gate, the asynchronous one with its pipeline and without."""
+    flavour = Flavour(request.param)
+    yield flavour
+    flavour.close()
 
 
 @pytest.fixture(params=["memory", *_BINARIES])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    """Memory and every server, empty."""
+def backend(request: pytest.FixtureRequest, flavour: Flavour) -> Backend:
+    """Memory and every server, empty, with gates of both kinds."""
     if request.param == "memory":
-        return Backend(None)
-    return Backend(_emptied(running(request.param)))
+        return Backend(None, flavour)
+    return Backend(_emptied(running(request.param)), flavour)
 
 
 @pytest.fixture(params=list(_BINARIES))
@@ -72,11 +181,11 @@ def own_server(server: Server) -> Iterator[Server]:
 
 @pytest.fixture
 def gate(backend: Backend) -> SessionGate:
-    """A gate on memory and on every server."""
+    """A gate of both kinds on memory and on every server."""
     return backend.gate()
 
 
 def _emptied(server: Server) -> Server:
-    with server.client() as client:
+    with Redis(port=server.port, protocol=2, retry=NO_RETRY) as client:
         client.flushall()
     return server

@@ -3,7 +3,10 @@
 import contextlib
 import socket
 import threading
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Proxy:
@@ -14,6 +17,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.cut_replies = 0
+        self.alter: Callable[[bytes], bytes] = lambda data: data
         self.requests: list[bytes] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -38,7 +42,7 @@ class Proxy:
                 if self.cut_replies:
                     self.cut_replies -= 1
                     break
-                client.sendall(data)
+                client.sendall(self.alter(data))
         _drop(client)
         _drop(server)
 

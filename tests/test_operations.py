@@ -221,9 +221,9 @@ def test_tokens_as_bytes(gate: SessionGate) -> None:
 
 def test_what_is_no_token_is_refused_by_every_operation(backend: Backend) -> None:
     """A malformed or forged token gets its error from all operations and reaches no server."""
-    client = backend.client()
-    gate = SessionGate(client, sign_key="k" * 32)
+    client = backend.gates_client()
     client.connection_pool.connection_class = Untouchable
+    gate = backend.flavour.gate(client, "k" * 32)
     for token, error in (
         ("", MalformedTokenError),
         ("v1", MalformedTokenError),
@@ -246,10 +246,17 @@ def test_what_is_no_token_is_refused_by_every_operation(backend: Backend) -> Non
 
 
 class Untouchable:
-    """A connection that must not be made."""
+    """A connection that must not be used."""
 
-    def __init__(self, **_: object) -> None:
-        pytest.fail("something was about to be sent")
+    socket_timeout = None
+
+    def __init__(self, **_: object) -> None: ...
+
+    def __getattr__(self, name: str) -> None:
+        if name not in ("can_read", "can_read_destructive"):
+            pytest.fail(f"something was about to be sent: {name}")
+
+    async def disconnect(self) -> None: ...
 
 
 def test_two_applications_share_a_redis(backend: Backend) -> None:

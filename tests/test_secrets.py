@@ -9,7 +9,7 @@ from redis import Redis
 
 from sessiongate import SessionGate, SessionGateError
 
-from .conftest import Backend
+from .conftest import Backend, Flavour
 from .servers import Server
 
 KEY = "sign-key-that-must-not-leak-anywhere"
@@ -42,7 +42,7 @@ def run_everything(gate: SessionGate) -> tuple[str, list[BaseException]]:
     return token, errors
 
 
-def test_redis_sees_no_sign_key_signature_or_token(server: Server) -> None:
+def test_redis_sees_no_sign_key_signature_or_token(flavour: Flavour, server: Server) -> None:
     """MONITOR, SLOWLOG and what is stored hold neither sign key nor signature nor token."""
     client = server.client()
     slower_than = client.config_get("slowlog-log-slower-than")
@@ -61,7 +61,7 @@ def test_redis_sees_no_sign_key_signature_or_token(server: Server) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     ready.wait()
-    gate = SessionGate(server.client(), sign_key=KEY)
+    gate = flavour.gate(flavour.client(server.port), KEY)
     token, _ = run_everything(gate)
     alive = gate.start(300)
     dump = client.dump(f"sg-session:{{{gate.verify(alive)}}}")

@@ -1,0 +1,300 @@
+"""One connection for many tasks: what waits while it is busy leaves together when it is free.
+
+A lane writes a batch of requests at once, reads their replies in order, and gives each to the
+caller whose echo it carries. Cancelling a caller neither stops its batch nor leaves its reply on
+the wire, where the next caller would find it.
+"""
+
+import asyncio
+from collections import deque
+from copy import copy
+from typing import TYPE_CHECKING, NamedTuple
+
+from redis import exceptions as redis_errors
+from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.exceptions import ResponseError
+
+from .commands import AnyCommand
+from .errors import EventLoopError, GateClosedError
+from .wire import Answer, new_echoes, pack, unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+# More in a batch make no command cheaper, and let the first wait for the last.
+_BATCH_COMMANDS = 512
+_BATCH_BYTES = 256 * 1024
+
+
+class _Waiting(NamedTuple):
+    command: AnyCommand
+    answer: asyncio.Future[Answer]
+
+    def settle(self, answer: Answer) -> None:
+        if not self.answer.done():  # its caller was cancelled: nobody wants it any more
+            self.answer.set_result(answer)
+
+
+class _Batch:
+    """Requests that leave together, and how far their replies were read."""
+
+    __slots__ = ("_answered", "_echoes", "_written", "members", "sound")
+
+    def __init__(self, members: list[_Waiting]) -> None:
+        self.members = members
+        self.sound = True
+        self._echoes = new_echoes(len(members))
+        self._written = False
+        self._answered = 0
+
+    async def exchange(self, connection: AbstractConnection, watch: "_Watch") -> None:
+        """Write the requests and read as many replies, each judged by its own echo.
+
+        Goes on where it was cancelled if it is called again and still owes replies.
+        """
+        if not self._written:
+            pieces: list[bytes] = []
+            for waiting, echo in zip(self.members, self._echoes, strict=True):
+                pieces += pack(waiting.command, echo)
+            await connection.send_packed_command(pieces)
+            self._written = True
+        proven = False
+        for waiting in self.members[self._answered :]:
+            reply: object
+            try:
+                reply = await connection.read_response(
+                    disable_decoding=True, disconnect_on_error=False
+                )
+            except ResponseError as error:
+                reply = error
+            watch.progressed()
+            answer, proven = unpack(reply, self._echoes[self._answered])
+            waiting.settle(answer)
+            self._answered += 1
+            if isinstance(answer, redis_errors.ConnectionError):
+                self.sound = False
+        # An error of the server has no echo, but a proven reply behind it shows that the connection
+        # has kept its place.
+        self.sound = self.sound and proven
+
+    @property
+    def owes(self) -> bool:
+        """Whether replies are on their way that nobody has read."""
+        return self._written and self._answered < len(self.members)
+
+    def fail(self, error: Exception) -> None:
+        """Give the error to everyone whose reply was not read."""
+        self.sound = False
+        for waiting in self.members[self._answered :]:
+            waiting.settle(copy(error))
+
+    def abandon(self) -> None:
+        """Cancel everyone whose reply was not read."""
+        for waiting in self.members[self._answered :]:
+            waiting.answer.cancel()
+
+
+class _Watch:
+    """Ends an exchange that makes no progress, with one timer for any number of exchanges.
+
+    To set a timer and take it back costs more than to read a reply. This one stays; where it goes
+    off too early it is set anew.
+    """
+
+    __slots__ = ("_deadline", "_due", "_loop", "_seconds", "_timer")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float | None) -> None:
+        self._loop = loop
+        self._seconds = seconds
+        self._deadline: asyncio.Timeout | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> asyncio.Timeout:
+        """The context of an exchange, which ends with a TimeoutError if it must."""
+        self._deadline = asyncio.timeout(None)
+        self.progressed()
+        if self._timer is None and self._seconds is not None:
+            self._timer = self._loop.call_at(self._due, self._look)
+        return self._deadline
+
+    def progressed(self) -> None:
+        """Begin to count anew."""
+        if self._seconds is not None:
+            self._due = self._loop.time() + self._seconds
+
+    def stop(self) -> None:
+        """The exchange has ended."""
+        self._deadline = None
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._deadline is None:
+            return
+        now = self._loop.time()
+        if now < self._due:
+            self._timer = self._loop.call_at(self._due, self._look)
+        else:
+            self._deadline.reschedule(now)
+
+
+class Lane:
+    """Sends the commands of one event loop to one server.
+
+    Args:
+        pool: how connections are made; the lane makes one of its own and takes none of the pool's.
+        max_waiting: how many commands may be under way; more callers wait for room.
+    """
+
+    def __init__(self, pool: ConnectionPool, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._room: asyncio.Semaphore
+        self._waiting: deque[_Waiting] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connection: AbstractConnection = pool.make_connection()
+        # Until redis-py 8 the check had another name.
+        self._has_unread: Callable[[], Awaitable[bool]] = getattr(
+            self._connection, "can_read", self._connection.can_read_destructive
+        )
+        self._timeout: float | None = self._connection.socket_timeout
+        self._watch: _Watch
+        self._batch: _Batch | None = None
+        self._unfinished: _Batch | None = None  # cancelled while its replies were on their way
+        self._busy = False
+        self._alone = False  # the last batch was of one command
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def ask(self, command: AnyCommand) -> Answer:
+        """The answer to a command, once it was its turn."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._bind(loop)
+        if self._alone and not self._busy and self._unfinished is None and not self._closed:
+            return await self._ask_alone(command)
+        async with self._room:
+            if self._closed:
+                raise GateClosedError
+            waiting = _Waiting(command, loop.create_future())
+            self._waiting.append(waiting)
+            if not self._busy:
+                # A task begins when the other tasks of this turn of the loop have had theirs.
+                self._go_on()
+            return await waiting.answer
+
+    async def _ask_alone(self, command: AnyCommand) -> Answer:
+        """Ask in the caller's own task, which is faster if nobody else is waiting."""
+        self._busy = True
+        waiting = _Waiting(command, asyncio.get_running_loop().create_future())
+        try:
+            if await self._is_usable():
+                await self._run(_Batch([waiting]))
+            else:
+                self._waiting.append(waiting)
+        finally:
+            # If the caller was cancelled, others may be left; or all were, with their event loop.
+            if self._waiting and not all(other.answer.done() for other in self._waiting):
+                self._go_on()
+            else:
+                self._busy = False
+        return await waiting.answer
+
+    async def close(self) -> None:
+        """Fail what waits, let finish what was sent, and close the connection."""
+        if self._loop not in (None, asyncio.get_running_loop()):
+            raise EventLoopError
+        self._closed = True
+        while self._waiting:
+            self._waiting.popleft().settle(GateClosedError())
+        if self._batch is not None:
+            await asyncio.wait([waiting.answer for waiting in self._batch.members])
+        await self._connection.disconnect()
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    def _bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is not None:
+            raise EventLoopError
+        self._loop = loop
+        self._room = asyncio.Semaphore(self._max_waiting)
+        self._watch = _Watch(loop, self._timeout)
+
+    def _go_on(self) -> None:
+        self._busy = True
+        self._alone = False
+        self._task = asyncio.create_task(self._send_all(), name="sessiongate")
+
+    async def _send_all(self) -> None:
+        """Send what is waiting, batch by batch, until nothing is."""
+        try:
+            if self._unfinished is not None:
+                await self._run(self._unfinished)
+            while self._waiting:
+                try:
+                    if not await self._is_usable():
+                        await self._connect()
+                except Exception as error:  # noqa: BLE001  # whatever it is, nobody may hang
+                    # Nobody can be served now: to tell all beats one timeout after the other.
+                    batch = _Batch(list(self._waiting))
+                    self._waiting.clear()
+                    batch.fail(error)
+                else:
+                    await self._run(self._next_batch())
+        except asyncio.CancelledError:
+            # Somebody cancelled all tasks, as at the end of a loop: let no caller wait for nothing.
+            _Batch(list(self._waiting)).abandon()
+            self._waiting.clear()
+            raise
+        finally:
+            self._busy = False
+            self._task = None
+
+    def _next_batch(self) -> _Batch:
+        members: list[_Waiting] = []
+        size = 0
+        while self._waiting and len(members) < _BATCH_COMMANDS:
+            size += sum(map(len, self._waiting[0].command.args))
+            if members and size > _BATCH_BYTES:
+                break
+            waiting = self._waiting.popleft()
+            if not waiting.answer.done():  # cancelled before it was sent
+                members.append(waiting)
+        return _Batch(members)
+
+    async def _run(self, batch: _Batch) -> None:
+        if not batch.members:
+            return
+        self._batch = batch
+        self._unfinished = None
+        self._alone = len(batch.members) == 1
+        try:
+            async with self._watch.start():
+                await batch.exchange(self._connection, self._watch)
+        except asyncio.CancelledError:
+            # Who is cancelled here waits for himself alone, or for a task that was cancelled.
+            batch.abandon()
+            self._unfinished = batch if batch.owes else None
+            raise
+        except TimeoutError:
+            batch.fail(redis_errors.TimeoutError("Timeout waiting for the replies of Redis"))
+        except Exception as error:  # noqa: BLE001  # whatever it is, nobody may hang
+            batch.fail(error)
+        finally:
+            self._watch.stop()
+            self._batch = None
+        if not batch.sound:
+            await self._connection.disconnect(nowait=True)
+
+    async def _is_usable(self) -> bool:
+        """Whether there is a connection that the server has not closed, with nothing to read."""
+        if not self._connection.is_connected:
+            return False
+        if not await self._has_unread():
+            return True
+        await self._connection.disconnect(nowait=True)
+        return False
+
+    async def _connect(self) -> None:
+        self._connection.socket_timeout = self._timeout
+        await self._connection.connect()
+        # From here on a batch keeps the time, once for all of its replies.
+        self._connection.socket_timeout = None
