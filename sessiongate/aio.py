@@ -1,5 +1,6 @@
 """AsyncSessionGate: SessionGate under asyncio. What is asked at once goes out together."""
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -9,17 +10,16 @@ from nacl.utils import random as system_random
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import ConnectionPool
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError
 
 from .arguments import Data
-from .commands import AnyCommand, Command, Commands
+from .commands import Answer, AnyCommand, Command, Commands
 from .connect import async_client_from_url
 from .errors import ConfigurationError, GateClosedError
 from .gate import DEFAULT_PREFIX, SessionGate
 from .keyspace import Keyspace
-from .lane import Lane
+from .lane import Batch, Lane, Waiting, Watch
 from .tokens import SignKey, SignKeyRing
-from .wire import Answer, new_echo, pack, unpack
 
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., object])
@@ -122,9 +122,10 @@ class AsyncSessionGate:
             ConfigurationError: an argument cannot be used, or the extra is missing.
 
         Example:
-            >>> async with AsyncSessionGate.from_url("memory://", sign_key="k" * 32) as gate:
-            ...     len(await gate.start(300))
+            >>> gate = AsyncSessionGate.from_url("memory://", sign_key="k" * 32)
+            >>> len(await gate.start(300))
             84
+            >>> await gate.aclose()
         """
         gate = cls(
             async_client_from_url(url),
@@ -184,6 +185,8 @@ class AsyncSessionGate:
             await self._client.connection_pool.disconnect()
 
     async def __aenter__(self) -> Self:
+        if self._closed:
+            raise GateClosedError
         return self
 
     async def __aexit__(
@@ -201,8 +204,10 @@ class AsyncSessionGate:
         if self._closed:
             raise GateClosedError
         while True:
+            # An error here is the caller's: nothing was sent.
+            answer = await self._channel.ask(command)
             try:
-                return command.result(await self._channel.ask(command))
+                return command.result(answer)
             except Exception as error:
                 following = command.after(error)
                 if following is None:
@@ -224,23 +229,21 @@ class _Pooled:
 
     async def ask(self, command: AnyCommand) -> Answer:
         connection = await self._pool.get_connection()
-        echo = new_echo()
-        reply: object
-        proven = False
+        loop = asyncio.get_running_loop()
+        waiting = Waiting(command, loop.create_future())
+        batch = Batch([waiting])
         try:
-            await connection.send_packed_command(pack(command, echo))
-            try:
-                reply = await connection.read_response(disable_decoding=True)
-            except ResponseError as error:
-                reply = error
-            answer, proven = unpack(reply, echo)
+            # Its own timeout, as it is the pool's.
+            await batch.exchange(connection, Watch(loop, None))
+        except RedisError as error:
+            waiting.settle(error)
         finally:
             try:
-                if not proven:
+                if not batch.sound:
                     await connection.disconnect(nowait=True)
             finally:
                 await self._pool.release(connection)
-        return answer
+        return waiting.answer.result()
 
     async def close(self) -> None:
         """Nothing: the connections are the pool's."""

@@ -1,5 +1,6 @@
 """What a caller may pass: every limit, and the bytes that an argument becomes. No I/O here."""
 
+from collections.abc import Mapping
 from datetime import timedelta
 
 from .errors import ArgumentError
@@ -9,6 +10,10 @@ Data = str | bytes | bytearray | memoryview
 MAX_TTL_SECONDS = 100 * 365 * 24 * 60 * 60
 MAX_NAME_BYTES = 200
 MAX_DATA_BYTES = 8_000_000
+
+MISSING_HINT = ": is it missing from your settings?"
+
+_TOO_LONG_TO_TELL = 10**20
 
 
 def ttl_arg(ttl: int | timedelta) -> bytes:
@@ -22,7 +27,8 @@ def ttl_arg(ttl: int | timedelta) -> bytes:
             f"ttl is a whole number of seconds (int) or a timedelta, not {type(ttl).__name__}"
         )
     if not 0 <= ttl <= MAX_TTL_SECONDS:
-        raise ArgumentError(f"ttl is 0 to {MAX_TTL_SECONDS} seconds (100 years)")
+        told = f"{ttl:d}" if abs(ttl) < _TOO_LONG_TO_TELL else "a number of over 20 digits"
+        raise ArgumentError(f"ttl is 0 to {MAX_TTL_SECONDS} seconds (100 years), not {told}")
     return b"%d" % ttl
 
 
@@ -40,22 +46,48 @@ def field_arg(name: str) -> bytes:
     return b":" + raw
 
 
-def data_arg(data: Data) -> bytes:
-    """The bytes of a payload, as they are now: later changes to a buffer do not count."""
+def payloads_arg(payloads: Mapping[str, Data] | None) -> tuple[bytes, ...]:
+    """Field and data of each payload, one behind the other."""
+    if payloads is None:
+        return ()
+    if not isinstance(payloads, Mapping):
+        raise ArgumentError(
+            f"payloads is a mapping of names to data, not {type(payloads).__name__}"
+        )
+    fields: list[bytes] = []
+    for name, data in payloads.items():
+        fields += (field_arg(name), data_arg(data, name))
+    return tuple(fields)
+
+
+def data_arg(data: Data, name: str) -> bytes:
+    """The bytes of the payload of that name, as they are now: later changes do not count."""
     raw: bytes | None
     if isinstance(data, bytes):
         raw = data
     elif isinstance(data, str):
         raw = utf8(data)
         if raw is None:
-            raise ArgumentError("data is valid text or bytes: this str holds a lone surrogate")
+            raise ArgumentError(
+                f"data of payload {name!r} is valid text or bytes: this str holds a lone surrogate"
+            )
     else:
         raw = _buffer(data)
         if raw is None:
-            raise ArgumentError(f"data is bytes-like or a str, not {type(data).__name__}")
+            raise ArgumentError(
+                f"data of payload {name!r} is bytes-like or a str, not {type(data).__name__}: "
+                f"serialize it first, as with json.dumps"
+            )
     if not 0 < len(raw) <= MAX_DATA_BYTES:
-        raise ArgumentError(f"data is 1 to {MAX_DATA_BYTES} bytes, not {len(raw)}")
+        raise ArgumentError(
+            f"data of payload {name!r} is 1 to {MAX_DATA_BYTES} bytes, not {len(raw)}"
+        )
     return raw
+
+
+def type_of_setting(value: object) -> str:
+    """The name of a type for a message; None has mostly one cause."""
+    return type(value).__name__ + (MISSING_HINT if value is None else "")
 
 
 # These two return None rather than raise: an encoding error carries the text, which may be a

@@ -11,17 +11,29 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from redis import exceptions as redis_errors
 
 from . import scripts
-from .arguments import Data, data_arg, field_arg, ttl_arg
+from .arguments import Data, data_arg, field_arg, payloads_arg, ttl_arg
 from .errors import IdTakenError, PayloadNotFoundError, SessionNotFoundError
 from .keyspace import Keyspace
 from .scripts import Script
 from .tokens import SignKeyRing
-from .wire import Answer, Refusal
 
 R = TypeVar("R")
 
+# The errors that the scripts raise themselves.
+CODES = frozenset({"IDTAKEN", "NOSESSION", "NOPAYLOAD"})
+
 # Ids that are taken one after the other mean a broken random source, not bad luck (95 bits).
 _MAX_DRAWS = 4
+
+
+class Refusal(NamedTuple):
+    """A script's own no: one of `CODES`."""
+
+    code: str
+
+
+# What came of a command: what its script returned, its refusal, or an error to raise.
+Answer = bytes | Refusal | Exception
 
 
 class Command(NamedTuple, Generic[R]):
@@ -84,6 +96,11 @@ def _data(answer: bytes) -> bytes:
     return answer
 
 
+# Asked behind a NOSCRIPT, which has no echo, to tell whether that was the answer to this request.
+# Sent by source: it must not meet one itself.
+PROBE: Command[None] = Command(scripts.ECHO, (), (), _nothing, "", by_source=True)
+
+
 class Commands:
     """Makes the command of each operation; whatever can be refused locally is refused here."""
 
@@ -97,10 +114,7 @@ class Commands:
         return self._ring.verify(token)[0]
 
     def start(self, ttl: int | timedelta, payloads: Mapping[str, Data] | None) -> Command[str]:
-        fields: list[bytes] = []
-        for name, data in (payloads or {}).items():
-            fields += (field_arg(name), data_arg(data))
-        return self._start(ttl_arg(ttl), tuple(fields), _MAX_DRAWS)
+        return self._start(ttl_arg(ttl), payloads_arg(payloads), _MAX_DRAWS)
 
     def _start(self, ttl: bytes, fields: tuple[bytes, ...], draws: int) -> Command[str]:
         session_id = self._keyspace.new_id()
@@ -123,29 +137,28 @@ class Commands:
         )
 
     def expire(self, token: str | bytes, ttl: int | timedelta) -> Command[None]:
-        session_id, fingerprint = self._ring.verify(token)
-        keys = (self._keyspace.session_key(session_id),)
+        session_id, fingerprint, keys = self._session(token)
         return Command(scripts.EXPIRE, keys, (fingerprint, ttl_arg(ttl)), _nothing, session_id)
 
     def pset(self, token: str | bytes, name: str, data: Data) -> Command[None]:
-        session_id, fingerprint = self._ring.verify(token)
-        keys = (self._keyspace.session_key(session_id),)
-        args = (fingerprint, field_arg(name), data_arg(data))
+        session_id, fingerprint, keys = self._session(token)
+        args = (fingerprint, field_arg(name), data_arg(data, name))
         return Command(scripts.PSET, keys, args, _nothing, session_id, name)
 
     def pget(self, token: str | bytes, name: str) -> Command[bytes]:
-        session_id, fingerprint = self._ring.verify(token)
-        keys = (self._keyspace.session_key(session_id),)
+        session_id, fingerprint, keys = self._session(token)
         args = (fingerprint, field_arg(name))
         return Command(scripts.PGET, keys, args, _data, session_id, name, _once_more)
 
     def pdel(self, token: str | bytes, name: str) -> Command[None]:
-        session_id, fingerprint = self._ring.verify(token)
-        keys = (self._keyspace.session_key(session_id),)
+        session_id, fingerprint, keys = self._session(token)
         args = (fingerprint, field_arg(name))
         return Command(scripts.PDEL, keys, args, _nothing, session_id, name)
 
     def end(self, token: str | bytes) -> Command[None]:
-        session_id, fingerprint = self._ring.verify(token)
-        keys = (self._keyspace.session_key(session_id),)
+        session_id, fingerprint, keys = self._session(token)
         return Command(scripts.END, keys, (fingerprint,), _nothing, session_id)
+
+    def _session(self, token: str | bytes) -> tuple[str, bytes, tuple[bytes]]:
+        session_id, fingerprint = self._ring.verify(token)
+        return session_id, fingerprint, (self._keyspace.session_key(session_id),)

@@ -8,16 +8,16 @@ from typing import Self, TypeVar
 from nacl.utils import random as system_random
 from redis import Redis
 from redis.client import Pipeline
-from redis.connection import ConnectionInterface
-from redis.exceptions import RedisError, ResponseError
+from redis.connection import Connection
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from .arguments import Data
-from .commands import Command, Commands
+from .commands import PROBE, Answer, AnyCommand, Command, Commands
 from .connect import client_from_url
 from .errors import ConfigurationError, GateClosedError
 from .keyspace import Keyspace
 from .tokens import SignKey, SignKeyRing
-from .wire import new_echo, pack, unpack
+from .wire import misplaced, new_echo, pack, unpack
 
 R = TypeVar("R")
 
@@ -209,9 +209,9 @@ class SessionGate:
         return self._run(self._commands.end(token))
 
     def verify(self, token: str | bytes) -> str:
-        """Tell whether one of the gate's sign keys signed the token, without asking Redis.
+        """The session id of a token that one of the gate's sign keys signed; Redis is not asked.
 
-        A genuine token says nothing of its session, which may have ended.
+        Its session may have ended all the same.
 
         Args:
             token: as a client sent it.
@@ -232,7 +232,7 @@ class SessionGate:
     def close(self) -> None:
         """Close the connections that `from_url` made; a client of the application's stays open.
 
-        Calls that come later raise GateClosedError. Closing twice is fine.
+        Calls that come later raise GateClosedError, but for `verify`. Closing twice is fine.
 
         Example:
             >>> gate.close()
@@ -243,6 +243,8 @@ class SessionGate:
             self._client.connection_pool.disconnect()
 
     def __enter__(self) -> Self:
+        if self._closed:
+            raise GateClosedError
         return self
 
     def __exit__(
@@ -257,50 +259,65 @@ class SessionGate:
         return f"<SessionGate prefix={self._prefix!r}{' closed' if self._closed else ''}>"
 
     def _run(self, command: Command[R]) -> R:
+        if self._closed:
+            raise GateClosedError
         while True:
+            # An error here is the caller's: nothing was sent.
+            connection = self._take()
             try:
-                return self._exchange(command)
+                return command.result(_ask(connection, command))
             except Exception as error:
                 following = command.after(error)
                 if following is None:
                     raise
+            finally:
+                self._give_back(connection)
             command = following
 
-    def _exchange(self, command: Command[R]) -> R:
-        if self._closed:
-            raise GateClosedError
+    def _take(self) -> Connection:
         single = self._client.connection
         if single is not None:
             # A client made with single_connection_client: its lock stands for the pool.
-            with self._client.single_connection_lock:
-                return self._ask(single, command)
+            self._client.single_connection_lock.acquire()
+            return single
         pool = self._client.connection_pool
         try:
-            connection = pool.get_connection()
+            return pool.get_connection()
         except RedisError:
             raise
         except BaseException:
             # redis-py puts a connection back whose handshake was interrupted, half made for good.
             pool.disconnect(inuse_connections=False)
             raise
-        try:
-            return self._ask(connection, command)
-        finally:
-            pool.release(connection)
 
-    def _ask(self, connection: ConnectionInterface, command: Command[R]) -> R:
-        """One request, one reply. Unless that is proven, the connection is not used again."""
-        echo = new_echo()
-        reply: object
-        proven = False
-        try:
-            connection.send_packed_command(pack(command, echo))
-            try:
-                reply = connection.read_response(disable_decoding=True)
-            except ResponseError as error:
-                reply = error
-            answer, proven = unpack(reply, echo)
-        finally:
+    def _give_back(self, connection: Connection) -> None:
+        if connection is self._client.connection:
+            self._client.single_connection_lock.release()
+        else:
+            self._client.connection_pool.release(connection)
+
+
+def _ask(connection: Connection, command: AnyCommand) -> Answer:
+    """The answer to a command. Unless it is proven, the connection is not used again."""
+    proven = False
+    try:
+        answer, proven = _round_trip(connection, command)
+        if isinstance(answer, NoScriptError):
+            _, proven = _round_trip(connection, PROBE)
             if not proven:
-                connection.disconnect()
-        return command.result(answer)
+                answer = misplaced()
+    finally:
+        if not proven:
+            connection.disconnect()
+    return answer
+
+
+def _round_trip(connection: Connection, command: AnyCommand) -> tuple[Answer, bool]:
+    echo = new_echo()
+    reply: object
+    connection.send_packed_command(pack(command, echo))
+    try:
+        reply = connection.read_response(disable_decoding=True)
+    except ResponseError as error:
+        reply = error
+    return unpack(reply, echo)

@@ -14,9 +14,9 @@ from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.exceptions import ResponseError
 
-from .commands import AnyCommand
+from .commands import PROBE, Answer, AnyCommand
 from .errors import EventLoopError, GateClosedError
-from .wire import Answer, new_echoes, pack, unpack
+from .wire import misplaced, new_echo, new_echoes, pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -25,41 +25,60 @@ if TYPE_CHECKING:
 _BATCH_COMMANDS = 512
 _BATCH_BYTES = 256 * 1024
 
+# What no proven reply behind it makes good: a foreign reply, a primary that became a replica.
+_SUSPECT = (redis_errors.ConnectionError, redis_errors.ReadOnlyError)
 
-class _Waiting(NamedTuple):
+
+class Waiting(NamedTuple):
+    """A command, and where its caller waits for the answer."""
+
     command: AnyCommand
     answer: asyncio.Future[Answer]
 
     def settle(self, answer: Answer) -> None:
-        if not self.answer.done():  # its caller was cancelled: nobody wants it any more
+        """Give the caller the answer, or an error of sending it."""
+        if not self.answer.done():  # it was cancelled: nobody wants it any more
             self.answer.set_result(answer)
 
+    def refuse(self, error: Exception) -> None:
+        """Raise an error at the caller, whose command was not sent."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
-class _Batch:
-    """Requests that leave together, and how far their replies were read."""
 
-    __slots__ = ("_answered", "_echoes", "_written", "members", "sound")
+class Batch:
+    """Requests that leave together, and how far their replies were read.
 
-    def __init__(self, members: list[_Waiting]) -> None:
-        self.members = members
-        self.sound = True
+    `sound` is whether the connection has kept its place, once the exchange is over.
+    """
+
+    __slots__ = ("_answered", "_echoes", "_members", "_suspect", "_unsure", "_written", "sound")
+
+    def __init__(self, members: list[Waiting]) -> None:
+        self.sound = False
+        self._members = members
         self._echoes = new_echoes(len(members))
+        self._unsure: list[tuple[Waiting, Answer]] = []
+        self._suspect = False
         self._written = False
         self._answered = 0
 
-    async def exchange(self, connection: AbstractConnection, watch: "_Watch") -> None:
+    def __len__(self) -> int:
+        return len(self._members)
+
+    async def exchange(self, connection: AbstractConnection, watch: "Watch") -> None:
         """Write the requests and read as many replies, each judged by its own echo.
 
         Goes on where it was cancelled if it is called again and still owes replies.
         """
         if not self._written:
             pieces: list[bytes] = []
-            for waiting, echo in zip(self.members, self._echoes, strict=True):
-                pieces += pack(waiting.command, echo)
+            for member, echo in zip(self._members, self._echoes, strict=True):
+                pieces += pack(member.command, echo)
             await connection.send_packed_command(pieces)
             self._written = True
         proven = False
-        for waiting in self.members[self._answered :]:
+        while self._answered < len(self._members):
             reply: object
             try:
                 reply = await connection.read_response(
@@ -68,33 +87,50 @@ class _Batch:
             except ResponseError as error:
                 reply = error
             watch.progressed()
+            member = self._members[self._answered]
             answer, proven = unpack(reply, self._echoes[self._answered])
-            waiting.settle(answer)
             self._answered += 1
-            if isinstance(answer, redis_errors.ConnectionError):
-                self.sound = False
+            if isinstance(answer, redis_errors.NoScriptError):
+                self._unsure.append((member, answer))
+                if len(self._unsure) == 1:
+                    await self._send_probe(connection)
+                continue
+            self._suspect = self._suspect or isinstance(answer, _SUSPECT)
+            member.settle(answer)
         # An error of the server has no echo, but a proven reply behind it shows that the connection
         # has kept its place.
-        self.sound = self.sound and proven
+        self.sound = proven and not self._suspect
+        for member, answer in self._unsure:
+            member.settle(answer if proven else misplaced())
+
+    async def _send_probe(self, connection: AbstractConnection) -> None:
+        probe = Waiting(PROBE, asyncio.get_running_loop().create_future())
+        echo = new_echo()
+        self._members.append(probe)
+        self._echoes.append(echo)
+        await connection.send_packed_command(pack(PROBE, echo))
 
     @property
     def owes(self) -> bool:
         """Whether replies are on their way that nobody has read."""
-        return self._written and self._answered < len(self.members)
+        return self._written and self._answered < len(self._members)
 
     def fail(self, error: Exception) -> None:
-        """Give the error to everyone whose reply was not read."""
-        self.sound = False
-        for waiting in self.members[self._answered :]:
-            waiting.settle(copy(error))
+        """Give the error to all who have no answer: what became of their commands is unknown."""
+        for member in self._members:
+            member.settle(copy(error))
 
     def abandon(self) -> None:
-        """Cancel everyone whose reply was not read."""
-        for waiting in self.members[self._answered :]:
-            waiting.answer.cancel()
+        """Cancel all who have no answer."""
+        for member in self._members:
+            member.answer.cancel()
+
+    async def settled(self) -> None:
+        """Wait until all have an answer."""
+        await asyncio.wait([member.answer for member in self._members])
 
 
-class _Watch:
+class Watch:
     """Ends an exchange that makes no progress, with one timer for any number of exchanges.
 
     To set a timer and take it back costs more than to read a reply. This one stays; where it goes
@@ -148,7 +184,7 @@ class Lane:
     def __init__(self, pool: ConnectionPool, max_waiting: int) -> None:
         self._max_waiting = max_waiting
         self._room: asyncio.Semaphore
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: AbstractConnection = pool.make_connection()
         # Until redis-py 8 the check had another name.
@@ -156,9 +192,9 @@ class Lane:
             self._connection, "can_read", self._connection.can_read_destructive
         )
         self._timeout: float | None = self._connection.socket_timeout
-        self._watch: _Watch
-        self._batch: _Batch | None = None
-        self._unfinished: _Batch | None = None  # cancelled while its replies were on their way
+        self._watch: Watch
+        self._batch: Batch | None = None
+        self._unfinished: Batch | None = None  # cancelled while its replies were on their way
         self._busy = False
         self._alone = False  # the last batch was of one command
         self._task: asyncio.Task[None] | None = None
@@ -174,7 +210,7 @@ class Lane:
         async with self._room:
             if self._closed:
                 raise GateClosedError
-            waiting = _Waiting(command, loop.create_future())
+            waiting = Waiting(command, loop.create_future())
             self._waiting.append(waiting)
             if not self._busy:
                 # A task begins when the other tasks of this turn of the loop have had theirs.
@@ -184,10 +220,10 @@ class Lane:
     async def _ask_alone(self, command: AnyCommand) -> Answer:
         """Ask in the caller's own task, which is faster if nobody else is waiting."""
         self._busy = True
-        waiting = _Waiting(command, asyncio.get_running_loop().create_future())
+        waiting = Waiting(command, asyncio.get_running_loop().create_future())
         try:
             if await self._is_usable():
-                await self._run(_Batch([waiting]))
+                await self._run(Batch([waiting]))
             else:
                 self._waiting.append(waiting)
         finally:
@@ -204,9 +240,9 @@ class Lane:
             raise EventLoopError
         self._closed = True
         while self._waiting:
-            self._waiting.popleft().settle(GateClosedError())
+            self._waiting.popleft().refuse(GateClosedError())
         if self._batch is not None:
-            await asyncio.wait([waiting.answer for waiting in self._batch.members])
+            await self._batch.settled()
         await self._connection.disconnect()
         if self._task is not None:
             await asyncio.wait([self._task])
@@ -216,7 +252,7 @@ class Lane:
             raise EventLoopError
         self._loop = loop
         self._room = asyncio.Semaphore(self._max_waiting)
-        self._watch = _Watch(loop, self._timeout)
+        self._watch = Watch(loop, self._timeout)
 
     def _go_on(self) -> None:
         self._busy = True
@@ -234,22 +270,21 @@ class Lane:
                         await self._connect()
                 except Exception as error:  # noqa: BLE001  # whatever it is, nobody may hang
                     # Nobody can be served now: to tell all beats one timeout after the other.
-                    batch = _Batch(list(self._waiting))
-                    self._waiting.clear()
-                    batch.fail(error)
+                    while self._waiting:
+                        self._waiting.popleft().refuse(copy(error))
                 else:
                     await self._run(self._next_batch())
         except asyncio.CancelledError:
             # Somebody cancelled all tasks, as at the end of a loop: let no caller wait for nothing.
-            _Batch(list(self._waiting)).abandon()
-            self._waiting.clear()
+            while self._waiting:
+                self._waiting.popleft().answer.cancel()
             raise
         finally:
             self._busy = False
             self._task = None
 
-    def _next_batch(self) -> _Batch:
-        members: list[_Waiting] = []
+    def _next_batch(self) -> Batch:
+        members: list[Waiting] = []
         size = 0
         while self._waiting and len(members) < _BATCH_COMMANDS:
             size += sum(map(len, self._waiting[0].command.args))
@@ -258,14 +293,14 @@ class Lane:
             waiting = self._waiting.popleft()
             if not waiting.answer.done():  # cancelled before it was sent
                 members.append(waiting)
-        return _Batch(members)
+        return Batch(members)
 
-    async def _run(self, batch: _Batch) -> None:
-        if not batch.members:
+    async def _run(self, batch: Batch) -> None:
+        if not len(batch):
             return
         self._batch = batch
         self._unfinished = None
-        self._alone = len(batch.members) == 1
+        self._alone = len(batch) == 1
         try:
             async with self._watch.start():
                 await batch.exchange(self._connection, self._watch)

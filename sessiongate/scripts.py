@@ -14,23 +14,23 @@ class Script:
     name: str
     source: bytes = field(repr=False)
     sha: str = field(init=False)
-    by_sha: bytes = field(init=False, repr=False)
-    by_source: bytes = field(init=False, repr=False)
+    call_by_sha: bytes = field(init=False, repr=False)
+    call_by_source: bytes = field(init=False, repr=False)
     templates: tuple[bytes, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # SHA-1 is how Redis names a script; nothing rests on its strength.
         sha = sha1(self.source, usedforsecurity=False).hexdigest()
         object.__setattr__(self, "sha", sha)
-        object.__setattr__(self, "by_sha", b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % sha.encode())
-        by_source = b"$4\r\nEVAL\r\n$%d\r\n%b\r\n" % (len(self.source), self.source)
-        object.__setattr__(self, "by_source", by_source)
-        # A whole request by SHA-1, but for its one Redis key, echo and 0 to 3 arguments.
+        object.__setattr__(self, "call_by_sha", b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % sha.encode())
+        call_by_source = b"$4\r\nEVAL\r\n$%d\r\n%b\r\n" % (len(self.source), self.source)
+        object.__setattr__(self, "call_by_source", call_by_source)
+        # A whole request by SHA-1, but for its one Redis key, echo and 1 to 3 arguments.
         templates = [
-            b"*%d\r\n%b$1\r\n1\r\n" % (5 + count, self.by_sha)
+            b"*%d\r\n%b$1\r\n1\r\n" % (5 + count, self.call_by_sha)
             + b"$%d\r\n%b\r\n$12\r\n%b\r\n"
             + b"$%d\r\n%b\r\n" * count
-            for count in range(4)
+            for count in range(1, 4)
         ]
         object.__setattr__(self, "templates", tuple(templates))
 
@@ -45,3 +45,4 @@ PSET = _load("pset")
 PGET = _load("pget")
 PDEL = _load("pdel")
 END = _load("end")
+ECHO = _load("echo")

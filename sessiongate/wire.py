@@ -7,13 +7,11 @@ that does not return it belongs to somebody else, whatever it says.
 import os
 import re
 from binascii import b2a_base64
-from typing import TYPE_CHECKING, NamedTuple
 
 from redis import exceptions as redis_errors
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
-if TYPE_CHECKING:
-    from .commands import AnyCommand
+from .commands import CODES, Answer, AnyCommand, Refusal
 
 ECHO_BYTES = 12
 
@@ -23,20 +21,6 @@ _JOIN_BYTES = 64 * 1024
 # What a server before Redis 7 makes of an error that a command raises inside a script.
 _BURIED = re.compile(r"@user_script: ?\d+: -([A-Z]+) (.*)", re.DOTALL)
 _CLASSES: dict[str, type[ResponseError]] = {"OOM": OutOfMemoryError, "READONLY": ReadOnlyError}
-
-
-# The errors that the scripts raise themselves.
-CODES = frozenset({"IDTAKEN", "NOSESSION", "NOPAYLOAD"})
-
-
-class Refusal(NamedTuple):
-    """A script's own no."""
-
-    code: str
-
-
-# What came of a command: what its script returned, its refusal, or an error to raise.
-Answer = bytes | Refusal | Exception
 
 
 def new_echo() -> bytes:
@@ -54,28 +38,28 @@ def new_echoes(count: int) -> list[bytes]:
     return [drawn[at : at + ECHO_BYTES] for at in range(0, len(drawn), ECHO_BYTES)]
 
 
-def pack(command: "AnyCommand", echo: bytes) -> list[bytes]:
+def pack(command: AnyCommand, echo: bytes) -> list[bytes]:
     """The request, in the pieces it is sent in. Keys and echo come before the arguments."""
     keys, args = command.keys, command.args
     if len(keys) == 1 and not command.by_source:
         # Filling in a template takes a third of the time. All that is called often fits one.
         (key,) = keys
-        templates = command.script.templates
+        one, two, three = command.script.templates
         match args:
             case (a,):
-                return [templates[1] % (len(key), key, echo, len(a), a)]
+                return [one % (len(key), key, echo, len(a), a)]
             case (a, b):
-                return [templates[2] % (len(key), key, echo, len(a), a, len(b), b)]
+                return [two % (len(key), key, echo, len(a), a, len(b), b)]
             case (a, b, c) if len(c) <= _JOIN_BYTES:
-                return [templates[3] % (len(key), key, echo, len(a), a, len(b), b, len(c), c)]
+                return [three % (len(key), key, echo, len(a), a, len(b), b, len(c), c)]
     return _pack_any(command, echo)
 
 
-def _pack_any(command: "AnyCommand", echo: bytes) -> list[bytes]:
+def _pack_any(command: AnyCommand, echo: bytes) -> list[bytes]:
     keys, args, script = command.keys, command.args, command.script
-    call = script.by_source if command.by_source else script.by_sha
-    head = [b"*%d\r\n%b$1\r\n%d\r\n" % (4 + len(keys) + len(args), call, len(keys))]
-    head += [b"$%d\r\n%b\r\n" % (len(word), word) for word in (*keys, echo)]
+    call = script.call_by_source if command.by_source else script.call_by_sha
+    head = [b"*%d\r\n%b" % (4 + len(keys) + len(args), call)]
+    head += [b"$%d\r\n%b\r\n" % (len(word), word) for word in (b"%d" % len(keys), *keys, echo)]
     pieces: list[bytes] = []
     for arg in args:
         if len(arg) <= _JOIN_BYTES:
@@ -109,10 +93,15 @@ def unpack(reply: object, echo: bytes) -> tuple[Answer, bool]:
                 _unburied(*buried.groups()) if buried else type(reply)(said) if proven else reply
             )
             return error, proven and not isinstance(error, ReadOnlyError)
+    return misplaced(), False
+
+
+def misplaced() -> redis_errors.ConnectionError:
+    """The error of a request whose connection has lost its place."""
     return redis_errors.ConnectionError(
         "a reply that belongs to another request was refused and its connection dropped: "
         "an earlier read on it was interrupted"
-    ), False
+    )
 
 
 def _unburied(code: str, text: str) -> ResponseError:

@@ -26,7 +26,7 @@ from sessiongate import (
     SessionGate,
     SessionNotFoundError,
 )
-from sessiongate.lane import Lane
+from sessiongate.lane import Batch, Lane
 
 from .conftest import SIGN_KEY
 from .proxy import Proxy
@@ -257,9 +257,9 @@ async def test_big_payloads_travel_in_batches_of_their_own(server: Server) -> No
         sizes: list[int] = []
         run = lane._run
 
-        async def watched(batch: object) -> None:
-            sizes.append(len(batch.members))  # type: ignore[attr-defined]  # a batch
-            await run(batch)  # type: ignore[arg-type]  # likewise
+        async def watched(batch: Batch) -> None:
+            sizes.append(len(batch))
+            await run(batch)
 
         lane._run = watched  # type: ignore[method-assign]  # to watch it
         await asyncio.gather(

@@ -85,7 +85,7 @@ def test_a_dirty_connection_hands_over_nothing(flavour: Flavour, server: Server)
     assert gate.pget(mine, "user") == b"mine"
 
 
-@pytest.mark.parametrize("reply", ["data", "error", "nil", "foreign"])
+@pytest.mark.parametrize("reply", ["data", "error", "nil", "foreign", "no script"])
 @pytest.mark.parametrize("number", range(1, 6))
 def test_no_operation_takes_a_foreign_reply(
     flavour: Flavour, server: Server, number: int, reply: str
@@ -98,6 +98,7 @@ def test_no_operation_takes_a_foreign_reply(
         "data": ("GET", "foreign"),
         "nil": ("GET", "nothing"),
         "error": ("EVAL", "return redis.error_reply('NOSESSION abcdefghijkl')", 0),
+        "no script": ("EVALSHA", "f" * 40, 0),
         "foreign": ("EVAL", "return 'abcdefghijkl'", 0),
     }
     with paused(server, 0.1):
