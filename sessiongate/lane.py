@@ -243,9 +243,10 @@ class Lane:
             self._waiting.popleft().refuse(GateClosedError())
         if self._batch is not None:
             await self._batch.settled()
-        await self._connection.disconnect()
         if self._task is not None:
+            self._task.cancel()  # it may still be connecting, for nobody
             await asyncio.wait([self._task])
+        await self._connection.disconnect()
 
     def _bind(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._loop is not None:

@@ -355,12 +355,16 @@ async def storm(gate: AsyncSessionGate, operations: int, tasks: int) -> int:
     return cancelled
 
 
-@pytest.mark.parametrize("tasks", [1, 3, 64])
-async def test_a_storm_of_cancellations(server: Server, tasks: int) -> None:
+@pytest.mark.parametrize(
+    ("operations", "tasks", "least"), [(3_000, 1, 50), (5_000, 3, 100), (100_000, 64, 15_000)]
+)
+async def test_a_storm_of_cancellations(
+    server: Server, operations: int, tasks: int, least: int
+) -> None:
     """Whoever is cancelled, however: all others get their own answers, and nothing is left over."""
     async with gate_on(server.port) as gate:
         before = connections(server)
-        assert await storm(gate, 4_000, tasks) > 200
+        assert await storm(gate, operations, tasks) > least
         lane = lane_of(gate)
         await asyncio.sleep(0.05)
         assert not lane._waiting
@@ -509,6 +513,24 @@ async def test_closing_while_calls_wait(server: Server) -> None:
         with pytest.raises(GateClosedError):
             await gate.pget(token, "user")
         await gate.aclose()
+
+
+async def test_closing_while_the_gate_connects(server: Server) -> None:
+    """At close while the server does not answer, whoever waits fails at once."""
+    client = Redis(port=server.port, protocol=3, socket_timeout=30)
+    gate = AsyncSessionGate(client, sign_key=SIGN_KEY)
+    server.pause()
+    try:
+        waiting = [asyncio.create_task(gate.start(300)) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        begun = time.perf_counter()
+        await gate.aclose()
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+    finally:
+        server.resume()
+    assert time.perf_counter() - begun < 1
+    assert {type(answer) for answer in answers} == {GateClosedError}
+    await client.aclose()
 
 
 def test_two_event_loops() -> None:

@@ -76,6 +76,7 @@ def test_a_dirty_connection_hands_over_nothing(flavour: Flavour, server: Server)
     """A connection on which another's reply is still to come is dropped, that reply with it."""
     gate = flavour.gate(flavour.client(server.port, max_connections=1))
     mine, other = gate.start(300, {"user": "mine"}), gate.start(300, {"user": "theirs"})
+    assert gate.pget(other, "user") == b"theirs"  # the server knows the script now
     command = gate._commands.pget(other, "user")
     request = ("EVALSHA", command.script.sha, 1, *command.keys, wire.new_echo(), *command.args)
     with paused(server, 0.3):
