@@ -11,11 +11,13 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo    the six operations, live; URL=redis://... shows them on a server of yours"
 	@echo "make test    the whole suite, on memory and on every server found"
+	@echo "make clean   removes what the others made: then PYTHON=python3.13 chooses another Python"
 	@echo "make check   lint, types and the suite"
 	@echo "make bench   speed and memory, as ratios; writes bench.json"
 
+# A URL of the environment is some other program's: the command line's counts.
 demo: $(VENV)/demo
-	@$(BIN)/sessiongate demo $${URL:+--url "$$URL"}
+	@$(BIN)/sessiongate demo $(if $(filter command line,$(origin URL)),--url "$$URL")
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest $(ARGS)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from redis import Redis
 from redis import asyncio as redis_asyncio
@@ -11,6 +11,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from .arguments import MISSING_HINT, type_of_setting
 from .errors import ConfigurationError
 
 MEMORY_URL = "memory://"
@@ -32,6 +33,7 @@ def client_from_url(url: str) -> Redis:
     Raises:
         ConfigurationError: the URL is none of ours, or needs an extra that is not installed.
     """
+    url = _with_scheme(url)
     if url == MEMORY_URL:
         try:
             from fakeredis import FakeRedis, FakeServer  # noqa: PLC0415  # slow to import
@@ -41,12 +43,13 @@ def client_from_url(url: str) -> Redis:
     retry = Retry(NoBackoff(), 0)
     return _checked(
         url,
-        lambda: Redis.from_url(url, protocol=2, retry=retry, max_connections=_MAX_CONNECTIONS),
+        lambda url: Redis.from_url(url, protocol=2, retry=retry, max_connections=_MAX_CONNECTIONS),
     )
 
 
 def async_client_from_url(url: str) -> redis_asyncio.Redis:
     """The same for asyncio."""
+    url = _with_scheme(url)
     if url == MEMORY_URL:
         try:
             from fakeredis import FakeAsyncRedis, FakeServer  # noqa: PLC0415  # slow to import
@@ -56,7 +59,7 @@ def async_client_from_url(url: str) -> redis_asyncio.Redis:
     retry = AsyncRetry(NoBackoff(), 0)
     return _checked(
         url,
-        lambda: redis_asyncio.Redis.from_url(
+        lambda url: redis_asyncio.Redis.from_url(
             url, protocol=2, retry=retry, max_connections=_MAX_CONNECTIONS
         ),
     )
@@ -68,29 +71,51 @@ def _memory_is_missing() -> ConfigurationError:
     )
 
 
-def _checked(url: str, make: Callable[[], AnyClient]) -> AnyClient:
-    client = _made(url, make)
-    if client is None:
-        # Not the URL itself: it may hold a password.
+def _with_scheme(url: object) -> str:
+    """The URL with a scheme of ours, in lower case as redis-py wants it."""
+    if not isinstance(url, str):
+        raise ConfigurationError(f"url is a str, not {type_of_setting(url)}")
+    if not url:
+        raise ConfigurationError(f"url is empty{MISSING_HINT}")
+    scheme, separator, rest = url.partition("://")
+    url = scheme.lower() + separator + rest
+    if url != MEMORY_URL and not url.startswith(("redis://", "rediss://", "unix://")):
         raise ConfigurationError(
             "not a URL that a gate understands: give redis://host:6379/0, rediss://..., "
             "unix:///path/to/socket or memory://, with options of redis-py behind a ?"
         )
+    return url
+
+
+def _checked(url: str, make: Callable[[str], AnyClient]) -> AnyClient:
+    client = _made(url, make)
+    if client is None:
+        # Nothing of the URL, nor an error that led here: they may hold a password.
+        raise ConfigurationError(
+            "the URL names no host, port, database or path that can be used, or an option that "
+            "redis-py lacks or cannot set so: give redis://user:password@host:6379/0?option=value, "
+            "and write special characters of a password as %2F and the like"
+        )
     return client
 
 
-def _made(url: str, make: Callable[[], AnyClient]) -> AnyClient | None:
+def _made(url: str, make: Callable[[str], AnyClient]) -> AnyClient | None:
+    """The client, unless something of its URL would fail when it connects, or be passed over."""
     try:
         parts = urlsplit(url)
-        if parts.scheme != "unix" and parts.path.strip("/"):
-            int(parts.path.strip("/"))  # redis-py takes what is no database for database 0
-        client = make()
-        # What redis-py and the socket module look at when they connect, looked at now.
+        # redis-py takes what is no database for database 0, and port 0 for 6379.
+        path = unquote(parts.path).strip("/")
+        if parts.fragment or (path and parts.scheme != "unix" and not path.isdecimal()):
+            return None
+        if parts.port == 0:
+            return None
+        client = make(url)
         pool = client.connection_pool
         pool.connection_class(**pool.connection_kwargs)
         pool.connection_kwargs.get("host", "").encode("idna")
-        if min(pool.connection_kwargs.get(option) or 1 for option in _TIMEOUTS) < 0:
+        if any((pool.connection_kwargs.get(option) or 1) < 0 for option in _TIMEOUTS):
             return None
-    except (AttributeError, RedisError, TypeError, ValueError):
+    except (AttributeError, LookupError, RedisError, TypeError, UnboundLocalError, ValueError):
+        # What redis-py makes of text for options that want objects, and 5.3 of ?protocol=two.
         return None
     return client

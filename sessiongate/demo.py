@@ -105,12 +105,17 @@ def demo(url: str, screen: Screen) -> None:
         shown = without_secrets(url)
         screen.line(f"SessionGate {__version__}, six operations and verify")
         screen.line()
+        screen.line(
+            screen.dim(
+                "# The demo's own sign key: a real one is in your settings, for all processes"
+            )
+        )
         screen.line(f'gate = SessionGate.from_url("{shown}", sign_key=secrets.token_bytes(32))')
         screen.line()
         _play(gate, lambda line, answer, took: _show(screen, line, answer, took))
     screen.line()
     screen.line(screen.dim("Times of a second run: the first connected and registered scripts."))
-    if url == MEMORY_URL:
+    if shown == MEMORY_URL:
         screen.line(screen.dim("On a server: sessiongate demo --url redis://localhost:6379"))
 
 

@@ -45,7 +45,8 @@ class BadSignatureError(InvalidTokenError):
 
     def __str__(self) -> str:
         return (
-            "no sign key of this gate signed the token: it is forged, or its sign key was retired"
+            "no sign key of this gate signed the token: it is forged, its sign key was retired, "
+            "or another process signs with another key"
         )
 
 

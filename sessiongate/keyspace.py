@@ -19,10 +19,9 @@ _UNFAIR = bytes(range(_FAIR, 256))
 class Keyspace:
     """Draws session ids and names their hashes: `<prefix>:{<id>}`."""
 
-    __slots__ = ("_head", "_random", "prefix")
+    __slots__ = ("_head", "_random")
 
     def __init__(self, prefix: str, random: Callable[[int], bytes]) -> None:
-        self.prefix = prefix
         self._head = _prefix_bytes(prefix) + b":{"
         self._random = random
 

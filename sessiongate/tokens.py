@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from hashlib import sha256
 
-from .arguments import utf8
+from .arguments import MISSING_HINT, type_of_setting, utf8
 from .errors import BadSignatureError, ConfigurationError, MalformedTokenError, WeakSignKeyWarning
 
 SignKey = str | bytes
@@ -30,7 +30,7 @@ class SignKeyRing:
         if not isinstance(keys, Sequence) or isinstance(keys, bytearray | memoryview):
             raise ConfigurationError(
                 f"sign_key is a str, bytes or a list of them, newest first, "
-                f"not {type(sign_key).__name__}: is it missing from your settings?"
+                f"not {type_of_setting(sign_key)}"
             )
         if not keys:
             raise ConfigurationError("sign_key is an empty list: give at least one sign key")
@@ -99,10 +99,14 @@ def _text(token: object) -> str:
 
 def _key_bytes(key: object) -> bytes:
     if not isinstance(key, str | bytes):
-        raise ConfigurationError(f"a sign key is a str or bytes, not {type(key).__name__}")
+        raise ConfigurationError(f"a sign key is a str or bytes, not {type_of_setting(key)}")
     raw = utf8(key) if isinstance(key, str) else key
+    if raw is None:
+        raise ConfigurationError(
+            "a sign key is valid text or bytes: this str holds a lone surrogate"
+        )
     if not raw:
-        raise ConfigurationError("a sign key is empty or no valid text: anybody could sign with it")
+        raise ConfigurationError(f"a sign key is empty{MISSING_HINT}")
     if len(raw) < STRONG_SIGN_KEY_BYTES:
         warnings.warn(
             f"a sign key of {len(raw)} bytes can be guessed: make one of "

@@ -3,34 +3,45 @@
 import array
 import enum
 import pickle
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
+from inspect import signature
+from types import MappingProxyType
+from urllib.parse import urlencode
 
 import pytest
 import redis
 from fakeredis import FakeRedis
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from nacl.utils import random as system_random
 
 import sessiongate
 from sessiongate import (
     ArgumentError,
+    AsyncSessionGate,
+    BadSignatureError,
     ConfigurationError,
+    EventLoopError,
     GateClosedError,
     IdTakenError,
+    MalformedTokenError,
     PayloadNotFoundError,
     SessionGate,
     SessionGateError,
     SessionNotFoundError,
 )
-from sessiongate.arguments import ttl_arg
+from sessiongate.arguments import data_arg, field_arg, payloads_arg, ttl_arg
+from sessiongate.connect import async_client_from_url, client_from_url
 from sessiongate.keyspace import Keyspace
 
 from .servers import NO_RETRY
 
 KEY = "k" * 32
 CENTURY = 100 * 365 * 86_400
+FROM_URL: tuple[Callable[[str], object], ...] = (client_from_url, async_client_from_url)
 
 
 @pytest.fixture
@@ -82,6 +93,23 @@ def test_a_ttl_out_of_its_limits(gate: SessionGate, token: str, ttl: object) -> 
         gate.expire(token, ttl)  # type: ignore[arg-type]  # what a type checker would refuse
 
 
+@pytest.mark.parametrize(
+    ("ttl", "told"),
+    [
+        (-1, "not -1"),
+        (timedelta(days=36_501), "not 3153686400"),
+        (1 - 10**20, "not -99999999999999999999"),
+        (10**20, "not a number of over 20 digits"),
+        (-(10**5_000), "not a number of over 20 digits"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_ttl_out_of_its_limits_is_told(gate: SessionGate, ttl: int, told: str) -> None:
+    """The error for a ttl out of its limits ends in that ttl, unless it is long."""
+    with pytest.raises(ArgumentError, match=rf"100 years\), {told}$"):
+        gate.start(ttl)
+
+
 @pytest.mark.parametrize("name", ["", "n" * 201, "é" * 101, "\ud800", b"user", None, 7], ids=repr)
 def test_a_name_out_of_its_limits(gate: SessionGate, token: str, name: object) -> None:
     """A payload's name of 0 or over 200 bytes of UTF-8, or that is no text, is refused."""
@@ -114,10 +142,36 @@ def test_a_name_out_of_its_limits(gate: SessionGate, token: str, name: object) -
 )
 def test_data_out_of_its_limits(gate: SessionGate, token: str, data: object) -> None:
     """Data of 0 or over 8,000,000 bytes, or that is neither bytes-like nor text, is refused."""
-    with pytest.raises(ArgumentError, match="data"):
+    with pytest.raises(ArgumentError, match="data of payload 'user'"):
         gate.pset(token, "user", data)  # type: ignore[arg-type]  # what a type checker would refuse
-    with pytest.raises(ArgumentError, match="data"):
+    with pytest.raises(ArgumentError, match="data of payload 'user'"):
         gate.start(300, {"fine": "x", "user": data})  # type: ignore[dict-item]  # likewise
+
+
+def test_data_to_serialize_first() -> None:
+    """The error for an object as data names its payload and type, and says how to go on."""
+    with pytest.raises(ArgumentError) as caught:
+        data_arg({"x": 1}, "user")  # type: ignore[arg-type]  # what a type checker would refuse
+    assert str(caught.value) == (
+        "data of payload 'user' is bytes-like or a str, not dict: "
+        "serialize it first, as with json.dumps"
+    )
+
+
+@pytest.mark.parametrize("payloads", [[], (), "", b"", set(), 0, False, [("user", "x")], "user"])
+def test_what_is_no_mapping_of_payloads(gate: SessionGate, payloads: object) -> None:
+    """Payloads that are no mapping are refused with their type, empty ones too."""
+    message = f"^payloads is a mapping of names to data, not {type(payloads).__name__}$"
+    with pytest.raises(ArgumentError, match=message):
+        gate.start(300, payloads)  # type: ignore[arg-type]  # what a type checker would refuse
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=50), st.binary(min_size=1)))
+def test_what_counts_as_payloads(payloads: dict[str, bytes]) -> None:
+    """Any mapping is payloads, in its order; None and an empty one are no payloads."""
+    fields = [part for name, data in payloads.items() for part in (field_arg(name), data)]
+    assert payloads_arg(payloads) == payloads_arg(MappingProxyType(payloads)) == tuple(fields)
+    assert payloads_arg(None) == payloads_arg({}) == ()
 
 
 def test_refused_text_is_in_no_error() -> None:
@@ -181,37 +235,146 @@ def test_a_client_that_cannot_be_used() -> None:
             SessionGate(client, sign_key=KEY)  # type: ignore[arg-type]  # what a type checker would refuse
 
 
+def refusal(make: Callable[[str], object], url: object) -> str:
+    """The error for a URL that must be refused, once it is seen that nothing stands behind it."""
+    with pytest.raises(ConfigurationError) as caught:
+        make(url)  # type: ignore[arg-type]  # what a type checker would refuse
+    assert caught.value.__context__ is None
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("make", FROM_URL)
+@pytest.mark.parametrize(
+    ("told", "urls"),
+    {
+        "url is a str, not NoneType: is it missing from your settings?": [None],
+        "url is a str, not int": [7],
+        "url is a str, not bytes": [b"redis://localhost"],
+        "url is a str, not Redis": [redis.Redis(), redis.asyncio.Redis()],
+        "url is empty: is it missing from your settings?": [""],
+        "not a URL that a gate understands: give redis://": [
+            "localhost",
+            "localhost:6379",
+            "http://localhost",
+            "redis:/localhost",
+            " redis://localhost",
+            "memory",
+            "memory://x",
+        ],
+        "give redis://user:password@host:6379/0?option=value": [
+            "redis://:hunter2\udcff@a..b",
+            "redis://:hunter2@a..b/0",
+            "redis://:hunter2@[::1/0",
+            "redis://:hunter2@localhost:port/0",
+            "redis://:hunter2@localhost:0",
+            "redis://:hunter2@localhost:65536",
+            "redis://:hunter2@localhost/zero",
+            "redis://:hunter2@localhost/-1",
+            "redis://:hunter2@localhost/1/2",
+            "redis://:hunter2@localhost/0#1",
+            "redis://:hunter2/x@localhost/0",
+            "redis://localhost?sockettimeout=hunter2",
+            "redis://localhost/0?socket_timeout=hunter2",
+            "redis://:hunter2@localhost/0?socket_timeout=-1",
+            "redis://:hunter2@localhost/0?socket_connect_timeout=-1",
+            "redis://:hunter2@localhost/0?protocol=9",
+            "redis://localhost?max_connections=-1",
+            "redis://localhost?db=zero",
+            "rediss://:hunter2@localhost/0?ssl_cert_reqs=zz",
+        ],
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_url_that_cannot_be_used(
+    make: Callable[[str], object], told: str, urls: list[object]
+) -> None:
+    """A URL that leads nowhere is refused at once, with what to give and nothing secret."""
+    for url in urls:
+        message = refusal(make, url)
+        assert told in message
+        assert "hunter2" not in message
+
+
 @pytest.mark.parametrize(
     "url",
     [
-        "",
-        "localhost",
-        "localhost:6379",
-        "http://localhost",
-        "redis:/localhost",
-        "memory",
-        "memory://x",
-        "redis://:hunter2@localhost:port/0",
-        "redis://:hunter2@localhost/0?socket_timeout=soon",
-        "redis://:hunter2@localhost/0?nonsense=1",
-        "redis://:hunter2@localhost/0?socket_connect_timeout=-1",
-        "redis://:hunter2@localhost/0?protocol=9",
-        "redis://:hunter2@localhost/zero",
-        "redis://:hunter2@a..b/0",
-        "rediss://:hunter2@localhost/0?ssl_cert_reqs=zz",
-        None,
-        7,
+        "redis://localhost",
+        "redis://",
+        "redis:///3",
+        "REDIS://localhost:6379/0/",
+        "redis://[::1]:6379/0",
+        "redis://user:p%2Fq@localhost/0?socket_timeout=2",
+        "redis://localhost?decode_responses=True&client_name=a@b",
+        "Rediss://localhost?ssl_cert_reqs=none&ssl_check_hostname=no&ssl_ca_certs=ca.pem",
+        "UNIX://user@/run/redis.sock?db=2&password=x",
+        "Memory://",
     ],
-    ids=repr,
 )
-def test_a_url_that_cannot_be_used(url: object) -> None:
-    """A URL that leads nowhere is refused at once, and its password is not in the error."""
-    with pytest.raises(ConfigurationError) as caught:
-        SessionGate.from_url(url, sign_key=KEY).start(300)  # type: ignore[arg-type]  # what a type checker would refuse
-    error: BaseException | None = caught.value
-    while error:
-        assert "hunter2" not in str(error)
-        error = error.__context__
+def test_a_url_that_can_be_used(url: str) -> None:
+    """A URL with a scheme of ours, in whatever case, and options of redis-py makes a gate."""
+    SessionGate.from_url(url, sign_key=KEY)
+    AsyncSessionGate.from_url(url, sign_key=KEY)
+
+
+def test_a_url_leads_where_it_says() -> None:
+    """Host, port, database, password and options of a URL reach redis-py as they are."""
+    for make in FROM_URL:
+        client = make("REDIS://us%2Fer:P%40ss@Host:7000/3?socket_timeout=2")
+        assert isinstance(client, redis.Redis | redis.asyncio.Redis)
+        options = client.connection_pool.connection_kwargs
+        expected = {"username": "us/er", "password": "P@ss", "host": "host", "port": 7000, "db": 3}
+        assert options.items() >= (expected | {"socket_timeout": 2, "protocol": 2}).items()
+
+
+SECRET = "hunter2"
+# Every option of redis-py's connections, those of its pools and clients, and what is none.
+OPTIONS = [
+    name
+    for base in (redis.UnixDomainSocketConnection, *redis.SSLConnection.__mro__)
+    for name in signature(base).parameters
+] + ["cache_config", "connection_class", "max_connections", "nonsense", "timeout"]
+odd_text = st.one_of(
+    st.sampled_from(["", "-1", "9" * 5_000, "1e999", "utf-16", "a.b", "é"]),
+    st.text(max_size=9),
+    st.text("/?#@:[]&=%.\0\n", max_size=9),
+)
+passwords = st.tuples(odd_text, st.just(SECRET), odd_text).map("".join)
+
+
+def mostly(good: list[str], odd: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    """Good nine times out of ten, so that what stands behind it matters."""
+    return st.integers(0, 9).flatmap(lambda die: odd if die == 5 else st.sampled_from(good))
+
+
+options = st.tuples(
+    mostly(OPTIONS, odd_text), mostly(["0", "1", "2", "no", "none", "yes"], odd_text)
+).map(lambda option: urlencode([option]))
+urls = st.tuples(
+    mostly(["redis://", "Rediss://", "UNIX:///"], st.sampled_from(["memory://", "unix://"])),
+    mostly([""], passwords.map(":{}@".format)),
+    mostly(["", "localhost", "[::1]"], odd_text),
+    mostly(["", ":6379"], odd_text.map(":{}".format)),
+    mostly(["", "/0"], odd_text.map("/{}".format)),
+    mostly(["?"], odd_text),
+    st.lists(options, max_size=3).map("&".join),
+).map("".join)
+
+
+@given(st.one_of(urls, st.text(), passwords.map("redis://localhost?db=1&password={}".format)))
+@example(f"redis://u:6379?{SECRET}=1@localhost")
+def test_any_url_makes_a_gate_or_is_refused(url: str) -> None:
+    """Whatever the URL, it makes a gate or a ConfigurationError without its password."""
+    for make in FROM_URL:
+        # redis-py deprecates some options.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            try:
+                made: object = make(url)
+            except ConfigurationError as error:
+                made = error
+        if isinstance(made, ConfigurationError):
+            assert made.__context__ is None
+            assert SECRET not in str(made)
 
 
 def test_ids_are_drawn_without_bias() -> None:
@@ -297,10 +460,14 @@ def test_the_tree_of_errors() -> None:
 @pytest.mark.parametrize(
     "error",
     [
+        MalformedTokenError(),
+        BadSignatureError(),
         SessionNotFoundError("A" * 16),
         PayloadNotFoundError("user"),
         ArgumentError("x"),
+        ConfigurationError("x"),
         GateClosedError(),
+        EventLoopError(),
         IdTakenError(),
     ],
     ids=repr,

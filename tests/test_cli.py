@@ -140,6 +140,15 @@ def test_what_the_demo_shows_can_be_typed(capsys: pytest.CaptureFixture[str]) ->
         )
 
 
+@pytest.mark.parametrize("url", ["memory://", "MEMORY://"])
+def test_the_demo_is_no_pattern_for_sign_keys(capsys: pytest.CaptureFixture[str], url: str) -> None:
+    """Above the gate with a sign key of its own stands that a real one comes from settings."""
+    lines = demo(capsys, "--url", url).splitlines()
+    made = lines.index('gate = SessionGate.from_url("memory://", sign_key=secrets.token_bytes(32))')
+    assert re.match("# .*a real one is in your settings", lines[made - 1])
+    assert lines[-1].startswith("On a server: ")
+
+
 def test_the_demo_on_a_server(capsys: pytest.CaptureFixture[str], server: Server) -> None:
     """On a server the same calls give the same, and nothing but the scripts is left there."""
     memory = rows(demo(capsys))

@@ -57,11 +57,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The sdist, and a wheel of each kind; nothing is written into the checkout."""
     folder = tmp_path_factory.mktemp("packaging")
     tree = folder / "tree"
-    listed = run("git", "ls-files", "-coz", "--exclude-standard", cwd=ROOT).split("\0")
-    for name in filter(None, listed):
-        if (ROOT / name).is_file():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tree / name)
+    # Works in an unpacked sdist too, where git has nothing to tell.
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tree, ignore=left_out)
     sdist = build(tree, "build_sdist", folder / "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -315,3 +313,33 @@ def test_public_signatures_are_exact(name: str) -> None:
         assert hints.keys() == arguments | {"return"}, function
         for argument, hint in hints.items():
             assert Any not in within(hint), (function, argument)
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What `make --dry-run` would do in a copy of the checkout whose environment is finished."""
+    for variable in ("MAKEFLAGS", "MFLAGS", "PYTHON", "URL"):
+        monkeypatch.delenv(variable, raising=False)
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    venv.create(tmp_path / ".venv", symlinks=sys.platform != "win32")
+    for stamp in ("demo", "dev"):
+        (tmp_path / ".venv" / stamp).touch()
+    return lambda *words: run("make", "--dry-run", *words, cwd=tmp_path)
+
+
+def test_make_demo_with_a_url(make: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make demo` heeds a URL on its command line, and none that the shell exports."""
+    assert "--url" in make("demo", "URL=redis://localhost")
+    monkeypatch.setenv("URL", "http://localhost")
+    assert "--url" not in make("demo")
+
+
+def test_make_help(make: Callable[..., str]) -> None:
+    """`make help` names every target and variable."""
+    told = make("help")
+    (phony,) = re.findall(r"^\.PHONY: (help .*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    known = re.findall(r"make (\w+) ", told)
+    assert set(phony.split()) - {"help", "lint", "types"} == set(known)
+    assert "URL=" in told
+    assert "PYTHON=" in told
