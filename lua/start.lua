@@ -26,7 +26,7 @@ local written = redis.pcall('HSET', session, 'fp', fingerprint)
 if written ~= 1 then return redis.error_reply(written.err .. ' ' .. echo) end
 local expires = redis.pcall('PEXPIREAT', session, ends)
 if expires ~= 1 then
-  redis.call('DEL', session)
+  if redis.pcall('DEL', session) ~= 1 then redis.pcall('HDEL', session, 'fp') end
   return redis.error_reply(expires.err .. ' ' .. echo)
 end
 for i = 5, #ARGV, 2 do redis.call('HSET', session, ARGV[i], ARGV[i + 1]) end

@@ -80,6 +80,8 @@ class AsyncSessionGate:
         max_waiting: int = DEFAULT_MAX_WAITING,
         random: Callable[[int], bytes] = system_random,
     ) -> None:
+        self._closed = False
+        self._prefix = prefix
         if not isinstance(client, Redis) or isinstance(client, Pipeline):
             raise ConfigurationError(
                 f"client is a redis.asyncio.Redis, not "
@@ -90,8 +92,6 @@ class AsyncSessionGate:
         self._commands = Commands(SignKeyRing(sign_key), Keyspace(prefix, random))
         self._client = client
         self._owns_client = False
-        self._closed = False
-        self._prefix = prefix
         pool = client.connection_pool
         self._channel: _Channel = Lane(pool, max_waiting) if auto_pipeline else _Pooled(pool)
 

@@ -26,6 +26,7 @@ def ttl_arg(ttl: int | timedelta) -> bytes:
         raise ArgumentError(
             f"ttl is a whole number of seconds (int) or a timedelta, not {type(ttl).__name__}"
         )
+    ttl = int.__index__(ttl)  # a subclass may compare as it likes
     if not 0 <= ttl <= MAX_TTL_SECONDS:
         told = f"{ttl:d}" if abs(ttl) < _TOO_LONG_TO_TELL else "a number of over 20 digits"
         raise ArgumentError(f"ttl is 0 to {MAX_TTL_SECONDS} seconds (100 years), not {told}")
@@ -62,27 +63,19 @@ def payloads_arg(payloads: Mapping[str, Data] | None) -> tuple[bytes, ...]:
 
 def data_arg(data: Data, name: str) -> bytes:
     """The bytes of the payload of that name, as they are now: later changes do not count."""
-    raw: bytes | None
-    if isinstance(data, bytes):
-        raw = data
-    elif isinstance(data, str):
-        raw = utf8(data)
-        if raw is None:
-            raise ArgumentError(
-                f"data of payload {name!r} is valid text or bytes: this str holds a lone surrogate"
-            )
-    else:
-        raw = _buffer(data)
-        if raw is None:
-            raise ArgumentError(
-                f"data of payload {name!r} is bytes-like or a str, not {type(data).__name__}: "
-                f"serialize it first, as with json.dumps"
-            )
-    if not 0 < len(raw) <= MAX_DATA_BYTES:
+    # Only bytes themselves are taken at their word: a subclass may say anything of its length.
+    content = data if type(data) is bytes else _view(data)
+    if content is None:
         raise ArgumentError(
-            f"data of payload {name!r} is 1 to {MAX_DATA_BYTES} bytes, not {len(raw)}"
+            f"data of payload {name!r} is bytes-like or a str, not {type(data).__name__}: "
+            f"serialize it first, as with json.dumps"
+            if not isinstance(data, str)
+            else f"data of payload {name!r} is valid text or bytes: this str holds a lone surrogate"
         )
-    return raw
+    size = content.nbytes if isinstance(content, memoryview) else len(content)
+    if not 0 < size <= MAX_DATA_BYTES:
+        raise ArgumentError(f"data of payload {name!r} is 1 to {MAX_DATA_BYTES} bytes, not {size}")
+    return content.tobytes() if isinstance(content, memoryview) else content
 
 
 def type_of_setting(value: object) -> str:
@@ -97,13 +90,16 @@ def type_of_setting(value: object) -> str:
 def utf8(text: str) -> bytes | None:
     """The text in UTF-8; None if it cannot be encoded (it holds a lone surrogate)."""
     try:
-        return text.encode()
+        return str.encode(text)
     except UnicodeEncodeError:
         return None
 
 
-def _buffer(data: object) -> bytes | None:
+def _view(data: object) -> bytes | memoryview | None:
+    """The content of text or of a buffer, which is not copied yet: it may be too big."""
+    if isinstance(data, str):
+        return utf8(data)
     try:
-        return memoryview(data).tobytes()  # type: ignore[arg-type]  # what is no buffer says so
-    except (TypeError, ValueError):
+        return memoryview(data)  # type: ignore[arg-type]  # what is no buffer says so
+    except TypeError:
         return None

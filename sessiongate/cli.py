@@ -79,6 +79,7 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _fail(code: int, message: str) -> int:
-    # redis-py breaks some of its messages into lines.
-    Screen(sys.stderr).line(f"sessiongate: {' '.join(message.split())}")
+    # redis-py breaks some of its messages into lines, and a server may put anything into its own.
+    shown = "".join(character if character.isprintable() else " " for character in message)
+    Screen(sys.stderr).line(f"sessiongate: {' '.join(shown.split())}")
     return code

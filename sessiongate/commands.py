@@ -57,7 +57,10 @@ class Command(NamedTuple, Generic[R]):
         if isinstance(answer, bytes):
             return self.decode(answer)
         if not isinstance(answer, Refusal):
-            raise answer
+            try:
+                raise answer
+            finally:
+                del answer  # the error refers to this frame: the two would keep each other
         if answer.code == "NOSESSION":
             raise SessionNotFoundError(self.session_id)
         if answer.code == "NOPAYLOAD":
@@ -96,8 +99,8 @@ def _data(answer: bytes) -> bytes:
     return answer
 
 
-# Asked behind a NOSCRIPT, which has no echo, to tell whether that was the answer to this request.
-# Sent by source: it must not meet one itself.
+# Asked behind an error without an echo, to tell whether that was the answer to the request before.
+# Sent by source: it must not meet a NOSCRIPT itself.
 PROBE: Command[None] = Command(scripts.ECHO, (), (), _nothing, "", by_source=True)
 
 

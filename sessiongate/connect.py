@@ -5,6 +5,7 @@ from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from redis import Redis
+from redis import __version__ as redis_version
 from redis import asyncio as redis_asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
@@ -21,7 +22,9 @@ AnyClient = TypeVar("AnyClient", Redis, redis_asyncio.Redis)
 # redis-py's pool makes connections as they are needed and raises at its limit, 100 unless told
 # otherwise; threads that share a gate should meet their own limit first.
 _MAX_CONNECTIONS = 10_000
+_FIRST_SOUND_CACHE = 8
 _TIMEOUTS = ("socket_timeout", "socket_connect_timeout")
+_LONGEST_TIMEOUT = 10**9  # seconds; sockets refuse more when they connect
 
 # In both: RESP2, since redis-py's HELLO fails before Redis 6. No retries of redis-py's own, since
 # the gate knows which command may be sent twice.
@@ -63,6 +66,19 @@ def async_client_from_url(url: str) -> redis_asyncio.Redis:
             url, protocol=2, retry=retry, max_connections=_MAX_CONNECTIONS
         ),
     )
+
+
+def refuse_stale_cache(client: Redis) -> None:
+    """Refuse a caching client of redis-py before 8, which may cache a reply under another's key.
+
+    Its connections take a packed request for the one before it when that failed.
+    """
+    cached = getattr(client.connection_pool, "cache", None) is not None
+    if cached and int(redis_version.partition(".")[0]) < _FIRST_SOUND_CACHE:
+        raise ConfigurationError(
+            "client caches replies, and before redis-py 8 mixes them up with a gate's: upgrade, or "
+            "give the gate a client without cache_config"
+        )
 
 
 def _memory_is_missing() -> ConfigurationError:
@@ -113,7 +129,8 @@ def _made(url: str, make: Callable[[str], AnyClient]) -> AnyClient | None:
         pool = client.connection_pool
         pool.connection_class(**pool.connection_kwargs)
         pool.connection_kwargs.get("host", "").encode("idna")
-        if any((pool.connection_kwargs.get(option) or 1) < 0 for option in _TIMEOUTS):
+        timeouts = [pool.connection_kwargs.get(option) or 1 for option in _TIMEOUTS]
+        if not all(0 < seconds <= _LONGEST_TIMEOUT for seconds in timeouts):
             return None
     except (AttributeError, LookupError, RedisError, TypeError, UnboundLocalError, ValueError):
         # What redis-py makes of text for options that want objects, and 5.3 of ?protocol=two.

@@ -1,19 +1,21 @@
 """SessionGate: runs commands on a redis-py client, one round trip each."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Self, TypeVar
 
 from nacl.utils import random as system_random
 from redis import Redis
+from redis import exceptions as redis_errors
 from redis.client import Pipeline
 from redis.connection import Connection
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from .arguments import Data
 from .commands import PROBE, Answer, AnyCommand, Command, Commands
-from .connect import client_from_url
+from .connect import client_from_url, refuse_stale_cache
 from .errors import ConfigurationError, GateClosedError
 from .keyspace import Keyspace
 from .tokens import SignKey, SignKeyRing
@@ -56,15 +58,16 @@ class SessionGate:
         prefix: str = DEFAULT_PREFIX,
         random: Callable[[int], bytes] = system_random,
     ) -> None:
+        self._closed = False
+        self._prefix = prefix
         if not isinstance(client, Redis) or isinstance(client, Pipeline):
             raise ConfigurationError(
                 f"client is a redis.Redis, not {type(client).__module__}.{type(client).__name__}"
             )
+        refuse_stale_cache(client)
         self._commands = Commands(SignKeyRing(sign_key), Keyspace(prefix, random))
         self._client = client
         self._owns_client = False
-        self._closed = False
-        self._prefix = prefix
 
     @classmethod
     def from_url(
@@ -275,11 +278,7 @@ class SessionGate:
             command = following
 
     def _take(self) -> Connection:
-        single = self._client.connection
-        if single is not None:
-            # A client made with single_connection_client: its lock stands for the pool.
-            self._client.single_connection_lock.acquire()
-            return single
+        # Of a client made with single_connection_client too: its one connection knows no forks.
         pool = self._client.connection_pool
         try:
             return pool.get_connection()
@@ -287,37 +286,44 @@ class SessionGate:
             raise
         except BaseException:
             # redis-py puts a connection back whose handshake was interrupted, half made for good.
-            pool.disconnect(inuse_connections=False)
+            # (Before version 7 its BlockingConnectionPool cannot close idle connections alone.)
+            with suppress(TypeError):
+                pool.disconnect(inuse_connections=False)
             raise
 
     def _give_back(self, connection: Connection) -> None:
-        if connection is self._client.connection:
-            self._client.single_connection_lock.release()
-        else:
-            self._client.connection_pool.release(connection)
+        if self._closed and self._owns_client:
+            connection.disconnect()
+        self._client.connection_pool.release(connection)
 
 
 def _ask(connection: Connection, command: AnyCommand) -> Answer:
     """The answer to a command. Unless it is proven, the connection is not used again."""
-    proven = False
+    sound = False
     try:
         answer, proven = _round_trip(connection, command)
-        if isinstance(answer, NoScriptError):
-            _, proven = _round_trip(connection, PROBE)
-            if not proven:
+        if not proven and isinstance(answer, ResponseError):
+            # The server's own errors have no echo: is the next reply the next request's?
+            probed, proven = _round_trip(connection, PROBE)
+            if isinstance(probed, redis_errors.ConnectionError):
                 answer = misplaced()
+        # A primary that became a replica: only a new connection finds its successor.
+        sound = proven and not isinstance(answer, redis_errors.ReadOnlyError)
     finally:
-        if not proven:
+        if not sound:
             connection.disconnect()
     return answer
 
 
 def _round_trip(connection: Connection, command: AnyCommand) -> tuple[Answer, bool]:
     echo = new_echo()
-    reply: object
+    reply: object = None
     connection.send_packed_command(pack(command, echo))
     try:
-        reply = connection.read_response(disable_decoding=True)
-    except ResponseError as error:
-        reply = error
-    return unpack(reply, echo)
+        try:
+            reply = connection.read_response(disable_decoding=True)
+        except ResponseError as error:
+            reply = error
+        return unpack(reply, echo)
+    finally:
+        del reply  # an error refers to this frame: the two would keep each other, and the request

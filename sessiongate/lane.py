@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _BATCH_COMMANDS = 512
 _BATCH_BYTES = 256 * 1024
 
-# What no proven reply behind it makes good: a foreign reply, a primary that became a replica.
+# What no proven reply behind it makes good: a foreign reply; a primary that became a replica, whose
+# successor only a new connection finds.
 _SUSPECT = (redis_errors.ConnectionError, redis_errors.ReadOnlyError)
 
 
@@ -78,6 +79,7 @@ class Batch:
             await connection.send_packed_command(pieces)
             self._written = True
         proven = False
+        answer: Answer = b""
         while self._answered < len(self._members):
             reply: object
             try:
@@ -90,18 +92,18 @@ class Batch:
             member = self._members[self._answered]
             answer, proven = unpack(reply, self._echoes[self._answered])
             self._answered += 1
-            if isinstance(answer, redis_errors.NoScriptError):
+            if not proven and isinstance(answer, ResponseError):
+                # The server's own errors have no echo: is the last reply the last request's?
                 self._unsure.append((member, answer))
                 if len(self._unsure) == 1:
                     await self._send_probe(connection)
                 continue
             self._suspect = self._suspect or isinstance(answer, _SUSPECT)
             member.settle(answer)
-        # An error of the server has no echo, but a proven reply behind it shows that the connection
-        # has kept its place.
         self.sound = proven and not self._suspect
-        for member, answer in self._unsure:
-            member.settle(answer if proven else misplaced())
+        foreign = isinstance(answer, redis_errors.ConnectionError)
+        for member, refusal in self._unsure:
+            member.settle(misplaced() if foreign else refusal)
 
     async def _send_probe(self, connection: AbstractConnection) -> None:
         probe = Waiting(PROBE, asyncio.get_running_loop().create_future())

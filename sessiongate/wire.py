@@ -7,6 +7,7 @@ that does not return it belongs to somebody else, whatever it says.
 import os
 import re
 from binascii import b2a_base64
+from copy import copy
 
 from redis import exceptions as redis_errors
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
@@ -75,9 +76,7 @@ def _pack_any(command: AnyCommand, echo: bytes) -> list[bytes]:
 def unpack(reply: object, echo: bytes) -> tuple[Answer, bool]:
     """What the script of this very request returned, or an error, and whether that is proven.
 
-    After a reply that is not proven to be this request's, its connection may have lost its place
-    and must be dropped. So must that of a primary that became a replica: only a new one finds its
-    successor.
+    After a reply that is not proven to be this request's, its connection may have lost its place.
     """
     if isinstance(reply, bytes) and reply[:ECHO_BYTES] == echo:
         return reply[ECHO_BYTES:], True
@@ -89,10 +88,10 @@ def unpack(reply: object, echo: bytes) -> tuple[Answer, bool]:
             return Refusal(said), True
         if text.partition(" ")[0] not in CODES:
             buried = _BURIED.search(said)
-            error = (
-                _unburied(*buried.groups()) if buried else type(reply)(said) if proven else reply
-            )
-            return error, proven and not isinstance(error, ReadOnlyError)
+            error = _unburied(*buried.groups()) if buried else copy(reply)
+            if proven and not buried:
+                error.args = (said,)
+            return error, proven
     return misplaced(), False
 
 

@@ -302,6 +302,14 @@ def test_a_random_source_that_repeats_itself_is_reported(backend: Backend) -> No
     assert gate.pget(token, "user") == b"1"
 
 
+def test_a_ttl_of_0_on_an_id_that_exists(backend: Backend) -> None:
+    """A start with ttl 0 that draws an id in use draws again as well."""
+    gate = backend.gate(random=Rigged(b"A", b"A", b"B"))
+    first = gate.start(300, {"user": "1"})
+    assert gate.verify(gate.start(0)) != gate.verify(first)
+    assert gate.pget(first, "user") == b"1"
+
+
 class Rigged:
     """A random source that returns these letters, each for one id."""
 

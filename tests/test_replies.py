@@ -86,7 +86,7 @@ def test_a_dirty_connection_hands_over_nothing(flavour: Flavour, server: Server)
     assert gate.pget(mine, "user") == b"mine"
 
 
-@pytest.mark.parametrize("reply", ["data", "error", "nil", "foreign", "no script"])
+@pytest.mark.parametrize("reply", ["data", "error", "nil", "foreign", "no script", "read only"])
 @pytest.mark.parametrize("number", range(1, 6))
 def test_no_operation_takes_a_foreign_reply(
     flavour: Flavour, server: Server, number: int, reply: str
@@ -100,6 +100,7 @@ def test_no_operation_takes_a_foreign_reply(
         "nil": ("GET", "nothing"),
         "error": ("EVAL", "return redis.error_reply('NOSESSION abcdefghijkl')", 0),
         "no script": ("EVALSHA", "f" * 40, 0),
+        "read only": ("EVAL", "return redis.error_reply('READONLY secret of another')", 0),
         "foreign": ("EVAL", "return 'abcdefghijkl'", 0),
     }
     with paused(server, 0.1):
@@ -375,6 +376,51 @@ def test_a_replica_is_read_only(flavour: Flavour, own_server: Server) -> None:
             operation(gate, token)
     client.execute_command("SLAVEOF", "NO", "ONE")
     gate.end(token)
+
+
+def test_a_connection_to_a_replica_is_dropped(flavour: Flavour, own_server: Server) -> None:
+    """After a read-only error the next call connects anew, where it may find the new primary."""
+    gate = flavour.gate(flavour.client(own_server.port))
+    token = gate.start(300, {"user": "x"})
+    client = own_server.client()
+    client.execute_command("SLAVEOF", "127.0.0.1", "1")
+    before = client.info("stats")["total_connections_received"]
+    for _ in range(3):
+        with pytest.raises(ReadOnlyError):
+            gate.pset(token, "user", "y")
+    assert client.info("stats")["total_connections_received"] >= before + 2
+
+
+def test_a_start_that_cannot_set_an_end_leaves_nothing(
+    flavour: Flavour, own_server: Server
+) -> None:
+    """If the server denies the expiry, start fails with its error and no session is left."""
+    client = own_server.client()
+    try:
+        client.execute_command(
+            "ACL", "SETUSER", "u", "on", ">p", "~*", "+@all", "-pexpireat", "-del"
+        )
+    except ResponseError:
+        pytest.skip("Redis has users from version 6 on")
+    gate = flavour.gate(flavour.client(own_server.port, username="u", password="p"))
+    with pytest.raises(ResponseError, match=r"(?i)permission|can.t run"):
+        gate.start(300, {"user": "x"})
+    assert client.keys() == []
+
+
+def test_an_error_of_the_server_is_itself(flavour: Flavour, server: Server) -> None:
+    """An error of the server that is proven keeps its class and text, and the connection."""
+    gate = flavour.gate(flavour.client(server.port, max_connections=1))
+    broken = gate._commands._ring.sign("P" * 16)[0]
+    client = server.client()
+    client.set(f"sg-session:{{{'P' * 16}}}", "not a hash")
+    before = 0
+    for _ in range(3):
+        with pytest.raises(ResponseError, match="WRONGTYPE"):
+            gate.pget(broken, "user")
+        received = client.info("stats")["total_connections_received"]
+        assert before in (0, received)
+        before = received
 
 
 def test_a_foreign_key_is_left_alone(backend: Backend) -> None:

@@ -1,8 +1,10 @@
 """Nothing secret reaches the server's logs, a repr, an exception or a traceback."""
 
+import gc
 import logging
 import threading
 import traceback
+import weakref
 
 import pytest
 from redis import Redis
@@ -122,6 +124,43 @@ def test_locals_of_our_frames_hold_no_data_or_sign_key(backend: Backend) -> None
     for frame in frames:
         for value in (frame.locals or {}).values():
             assert KEY not in value
+
+
+def test_a_forgery_does_not_bring_out_the_genuine_signature(backend: Backend) -> None:
+    """The frames of a refused forgery hold no signature that would have been accepted."""
+    gate = backend.gate(KEY)
+    token = gate.start(300)
+    with pytest.raises(SessionGateError) as caught:
+        gate.pget(f"{token[:20]}{'0' * 64}", "user")
+    shown = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    genuine = bytes.fromhex(token[20:])
+    for frame in shown.stack:
+        if "/sessiongate/" in frame.filename:
+            for value in (frame.locals or {}).values():
+                assert repr(genuine) not in value
+                assert token[20:] not in value
+
+
+def test_a_failed_call_keeps_nothing_alive(backend: Backend) -> None:
+    """A call that failed leaves no cycle: its error and what it sent go when they are dropped."""
+    gate = backend.gate(KEY)
+    token = gate.start(300)
+    gate.end(token)
+    key = f"sg-session:{{{gate.verify(token)}}}"
+    if backend.server:
+        backend.client().set(key, "not a hash")
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            try:
+                gate.pset(token, "user", DATA)
+            except Exception as error:  # noqa: BLE001  # ours, or redis-py's
+                gone = weakref.ref(error)
+            if not backend.flavour.is_async:
+                assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_nothing_is_logged(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
