@@ -1,6 +1,5 @@
 """AsyncSessionGate: SessionGate under asyncio. What is asked at once goes out together."""
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -15,10 +14,10 @@ from redis.exceptions import RedisError
 from .arguments import Data
 from .commands import Answer, AnyCommand, Command, Commands
 from .connect import async_client_from_url
-from .errors import ConfigurationError, GateClosedError
+from .errors import ConfigurationError, EventLoopError, GateClosedError
 from .gate import DEFAULT_PREFIX, SessionGate
 from .keyspace import Keyspace
-from .lane import Batch, Lane, Waiting, Watch
+from .lane import Batch, Lane, OneLoop, Waiting, Watch
 from .tokens import SignKey, SignKeyRing
 
 R = TypeVar("R")
@@ -178,8 +177,12 @@ class AsyncSessionGate:
         Example:
             >>> await gate.aclose()
         """
-        self._closed = True
-        await self._channel.close()
+        was_closed, self._closed = self._closed, True
+        try:
+            await self._channel.close()
+        except EventLoopError:
+            self._closed = was_closed
+            raise
         if self._owns_client:
             await self._client.aclose()
             await self._client.connection_pool.disconnect()
@@ -226,15 +229,24 @@ class _Pooled:
 
     def __init__(self, pool: ConnectionPool) -> None:
         self._pool = pool
+        self._loop = OneLoop()
 
     async def ask(self, command: AnyCommand) -> Answer:
-        connection = await self._pool.get_connection()
-        loop = asyncio.get_running_loop()
+        loop = self._loop.check()
+        try:
+            connection = await self._pool.get_connection()
+        except RedisError:
+            raise
+        except Exception:
+            # redis-py puts a connection back whose handshake failed otherwise, half made for good.
+            # (One whose handshake was cancelled has a reply to come, which the echo will tell.)
+            await self._pool.disconnect(inuse_connections=False)
+            raise
         waiting = Waiting(command, loop.create_future())
         batch = Batch([waiting])
         try:
             # Its own timeout, as it is the pool's.
-            await batch.exchange(connection, Watch(loop, None))
+            await batch.exchange(connection, Watch(None))
         except RedisError as error:
             waiting.settle(error)
         finally:
@@ -246,4 +258,5 @@ class _Pooled:
         return waiting.answer.result()
 
     async def close(self) -> None:
-        """Nothing: the connections are the pool's."""
+        """Nothing but the check: the connections are the pool's."""
+        self._loop.check()

@@ -6,13 +6,13 @@ the wire, where the next caller would find it.
 """
 
 import asyncio
-from collections import deque
+from collections import OrderedDict
 from copy import copy
 from typing import TYPE_CHECKING, NamedTuple
 
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from .commands import PROBE, Answer, AnyCommand
 from .errors import EventLoopError, GateClosedError
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 # More in a batch make no command cheaper, and let the first wait for the last.
 _BATCH_COMMANDS = 512
 _BATCH_BYTES = 256 * 1024
-
-# What no proven reply behind it makes good: a foreign reply; a primary that became a replica, whose
-# successor only a new connection finds.
-_SUSPECT = (redis_errors.ConnectionError, redis_errors.ReadOnlyError)
 
 
 class Waiting(NamedTuple):
@@ -53,14 +49,24 @@ class Batch:
     `sound` is whether the connection has kept its place, once the exchange is over.
     """
 
-    __slots__ = ("_answered", "_echoes", "_members", "_suspect", "_unsure", "_written", "sound")
+    __slots__ = (
+        "_answered",
+        "_echoes",
+        "_members",
+        "_misread",
+        "_moved",
+        "_unsure",
+        "_written",
+        "sound",
+    )
 
     def __init__(self, members: list[Waiting]) -> None:
         self.sound = False
         self._members = members
         self._echoes = new_echoes(len(members))
         self._unsure: list[tuple[Waiting, Answer]] = []
-        self._suspect = False
+        self._misread = False
+        self._moved = False  # the primary became a replica: only a new connection finds the next
         self._written = False
         self._answered = 0
 
@@ -76,18 +82,20 @@ class Batch:
             pieces: list[bytes] = []
             for member, echo in zip(self._members, self._echoes, strict=True):
                 pieces += pack(member.command, echo)
-            await connection.send_packed_command(pieces)
+            # Private to redis-py, which closes an interrupted connection only once its buffer went
+            # out: a request that is over would still be sent, behind what comes on a new one.
+            writer = getattr(connection, "_writer", None)
+            try:
+                await connection.send_packed_command(pieces)
+            except BaseException:
+                if transport := getattr(writer, "transport", None):
+                    transport.abort()
+                raise
             self._written = True
         proven = False
         answer: Answer = b""
         while self._answered < len(self._members):
-            reply: object
-            try:
-                reply = await connection.read_response(
-                    disable_decoding=True, disconnect_on_error=False
-                )
-            except ResponseError as error:
-                reply = error
+            reply = await _read(connection)
             watch.progressed()
             member = self._members[self._answered]
             answer, proven = unpack(reply, self._echoes[self._answered])
@@ -98,10 +106,11 @@ class Batch:
                 if len(self._unsure) == 1:
                     await self._send_probe(connection)
                 continue
-            self._suspect = self._suspect or isinstance(answer, _SUSPECT)
+            self._misread = self._misread or isinstance(answer, redis_errors.ConnectionError)
+            self._moved = self._moved or isinstance(answer, redis_errors.ReadOnlyError)
             member.settle(answer)
-        self.sound = proven and not self._suspect
-        foreign = isinstance(answer, redis_errors.ConnectionError)
+        self.sound = proven and not (self._misread or self._moved)
+        foreign = self._misread or isinstance(answer, redis_errors.ConnectionError)
         for member, refusal in self._unsure:
             member.settle(misplaced() if foreign else refusal)
 
@@ -120,7 +129,7 @@ class Batch:
     def fail(self, error: Exception) -> None:
         """Give the error to all who have no answer: what became of their commands is unknown."""
         for member in self._members:
-            member.settle(copy(error))
+            member.settle(_copied(error))
 
     def abandon(self) -> None:
         """Cancel all who have no answer."""
@@ -132,6 +141,41 @@ class Batch:
         await asyncio.wait([member.answer for member in self._members])
 
 
+async def _read(connection: AbstractConnection) -> object:
+    try:
+        return await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+    except RedisError as error:
+        if type(error) in (redis_errors.ConnectionError, redis_errors.TimeoutError):
+            raise  # the connection's; all others are the server's, and an answer
+        return error
+
+
+def _copied(error: Exception) -> Exception:
+    """An error for one more caller, or the same one if it cannot be copied."""
+    try:
+        return copy(error)
+    except Exception:  # noqa: BLE001  # what a class makes of its arguments is its own affair
+        return error
+
+
+class OneLoop:
+    """Remembers the event loop that it is first used in."""
+
+    __slots__ = ("_loop",)
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def check(self) -> asyncio.AbstractEventLoop:
+        """The running event loop; an EventLoopError if it is another one than before."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            if self._loop is not None:
+                raise EventLoopError
+            self._loop = loop
+        return loop
+
+
 class Watch:
     """Ends an exchange that makes no progress, with one timer for any number of exchanges.
 
@@ -141,8 +185,8 @@ class Watch:
 
     __slots__ = ("_deadline", "_due", "_loop", "_seconds", "_timer")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float | None) -> None:
-        self._loop = loop
+    def __init__(self, seconds: float | None) -> None:
+        self._loop: asyncio.AbstractEventLoop
         self._seconds = seconds
         self._deadline: asyncio.Timeout | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -150,6 +194,7 @@ class Watch:
     def start(self) -> asyncio.Timeout:
         """The context of an exchange, which ends with a TimeoutError if it must."""
         self._deadline = asyncio.timeout(None)
+        self._loop = asyncio.get_running_loop()
         self.progressed()
         if self._timer is None and self._seconds is not None:
             self._timer = self._loop.call_at(self._due, self._look)
@@ -184,17 +229,16 @@ class Lane:
     """
 
     def __init__(self, pool: ConnectionPool, max_waiting: int) -> None:
-        self._max_waiting = max_waiting
-        self._room: asyncio.Semaphore
-        self._waiting: deque[Waiting] = deque()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._room = asyncio.Semaphore(max_waiting)
+        self._waiting: OrderedDict[asyncio.Future[Answer], AnyCommand] = OrderedDict()
+        self._loop = OneLoop()
         self._connection: AbstractConnection = pool.make_connection()
         # Until redis-py 8 the check had another name.
         self._has_unread: Callable[[], Awaitable[bool]] = getattr(
             self._connection, "can_read", self._connection.can_read_destructive
         )
         self._timeout: float | None = self._connection.socket_timeout
-        self._watch: Watch
+        self._watch = Watch(self._timeout)
         self._batch: Batch | None = None
         self._unfinished: Batch | None = None  # cancelled while its replies were on their way
         self._busy = False
@@ -204,45 +248,48 @@ class Lane:
 
     async def ask(self, command: AnyCommand) -> Answer:
         """The answer to a command, once it was its turn."""
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            self._bind(loop)
+        loop = self._loop.check()
         if self._alone and not self._busy and self._unfinished is None and not self._closed:
             return await self._ask_alone(command)
         async with self._room:
             if self._closed:
                 raise GateClosedError
-            waiting = Waiting(command, loop.create_future())
-            self._waiting.append(waiting)
+            answer: asyncio.Future[Answer] = loop.create_future()
+            self._waiting[answer] = command
             if not self._busy:
                 # A task begins when the other tasks of this turn of the loop have had theirs.
                 self._go_on()
-            return await waiting.answer
+            try:
+                return await answer
+            finally:
+                self._waiting.pop(answer, None)
 
     async def _ask_alone(self, command: AnyCommand) -> Answer:
         """Ask in the caller's own task, which is faster if nobody else is waiting."""
         self._busy = True
-        waiting = Waiting(command, asyncio.get_running_loop().create_future())
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
             if await self._is_usable():
-                await self._run(Batch([waiting]))
+                await self._run(Batch([Waiting(command, answer)]))
             else:
-                self._waiting.append(waiting)
+                self._waiting[answer] = command
         finally:
             # If the caller was cancelled, others may be left; or all were, with their event loop.
-            if self._waiting and not all(other.answer.done() for other in self._waiting):
+            if self._waiting and not all(other.done() for other in self._waiting):
                 self._go_on()
             else:
                 self._busy = False
-        return await waiting.answer
+        try:
+            return await answer
+        finally:
+            self._waiting.pop(answer, None)
 
     async def close(self) -> None:
         """Fail what waits, let finish what was sent, and close the connection."""
-        if self._loop not in (None, asyncio.get_running_loop()):
-            raise EventLoopError
+        self._loop.check()
         self._closed = True
         while self._waiting:
-            self._waiting.popleft().refuse(GateClosedError())
+            self._next().refuse(GateClosedError())
         if self._batch is not None:
             await self._batch.settled()
         if self._task is not None:
@@ -250,50 +297,50 @@ class Lane:
             await asyncio.wait([self._task])
         await self._connection.disconnect()
 
-    def _bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._loop is not None:
-            raise EventLoopError
-        self._loop = loop
-        self._room = asyncio.Semaphore(self._max_waiting)
-        self._watch = Watch(loop, self._timeout)
-
     def _go_on(self) -> None:
         self._busy = True
         self._alone = False
         self._task = asyncio.create_task(self._send_all(), name="sessiongate")
+        self._task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if self._task is task:
+            self._task = None
+            self._busy = False
+            # Somebody cancelled all tasks, as at the end of a loop, this one perhaps before it had
+            # begun: let no caller wait for nothing.
+            while self._waiting:
+                self._next().answer.cancel()
+
+    def _next(self) -> Waiting:
+        answer, command = self._waiting.popitem(last=False)
+        return Waiting(command, answer)
 
     async def _send_all(self) -> None:
         """Send what is waiting, batch by batch, until nothing is."""
-        try:
-            if self._unfinished is not None:
-                await self._run(self._unfinished)
-            while self._waiting:
-                try:
-                    if not await self._is_usable():
-                        await self._connect()
-                except Exception as error:  # noqa: BLE001  # whatever it is, nobody may hang
-                    # Nobody can be served now: to tell all beats one timeout after the other.
-                    while self._waiting:
-                        self._waiting.popleft().refuse(copy(error))
-                else:
-                    await self._run(self._next_batch())
-        except asyncio.CancelledError:
-            # Somebody cancelled all tasks, as at the end of a loop: let no caller wait for nothing.
-            while self._waiting:
-                self._waiting.popleft().answer.cancel()
-            raise
-        finally:
-            self._busy = False
-            self._task = None
+        if self._unfinished is not None:
+            await self._run(self._unfinished)
+        while self._waiting:
+            try:
+                if not await self._is_usable():
+                    await self._connect()
+            except Exception as error:  # noqa: BLE001  # whatever it is, nobody may hang
+                # Nobody can be served now: to tell all beats one timeout after the other.
+                while self._waiting:
+                    self._next().refuse(_copied(error))
+            else:
+                await self._run(self._next_batch())
+        self._busy = False
+        self._task = None
 
     def _next_batch(self) -> Batch:
         members: list[Waiting] = []
         size = 0
         while self._waiting and len(members) < _BATCH_COMMANDS:
-            size += sum(map(len, self._waiting[0].command.args))
+            size += sum(map(len, next(iter(self._waiting.values())).args))
             if members and size > _BATCH_BYTES:
                 break
-            waiting = self._waiting.popleft()
+            waiting = self._next()
             if not waiting.answer.done():  # cancelled before it was sent
                 members.append(waiting)
         return Batch(members)
@@ -307,15 +354,15 @@ class Lane:
         try:
             async with self._watch.start():
                 await batch.exchange(self._connection, self._watch)
-        except asyncio.CancelledError:
-            # Who is cancelled here waits for himself alone, or for a task that was cancelled.
-            batch.abandon()
-            self._unfinished = batch if batch.owes else None
-            raise
         except TimeoutError:
             batch.fail(redis_errors.TimeoutError("Timeout waiting for the replies of Redis"))
         except Exception as error:  # noqa: BLE001  # whatever it is, nobody may hang
             batch.fail(error)
+        except BaseException:
+            # Who is cancelled here waits for himself alone, or for a task that was cancelled.
+            batch.abandon()
+            self._unfinished = batch if batch.owes else None
+            raise
         finally:
             self._watch.stop()
             self._batch = None
@@ -333,6 +380,12 @@ class Lane:
 
     async def _connect(self) -> None:
         self._connection.socket_timeout = self._timeout
-        await self._connection.connect()
+        try:
+            await self._connection.connect()
+        except BaseException:
+            # redis-py leaves a handshake that failed otherwise than by an error of its own as it
+            # is: connected, perhaps to the wrong database.
+            await self._connection.disconnect(nowait=True)
+            raise
         # From here on a batch keeps the time, once for all of its replies.
         self._connection.socket_timeout = None

@@ -10,7 +10,7 @@ from binascii import b2a_base64
 from copy import copy
 
 from redis import exceptions as redis_errors
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 from .commands import CODES, Answer, AnyCommand, Refusal
 
@@ -86,12 +86,15 @@ def unpack(reply: object, echo: bytes) -> tuple[Answer, bool]:
         proven = said != text
         if proven and said in CODES:
             return Refusal(said), True
-        if text.partition(" ")[0] not in CODES:
-            buried = _BURIED.search(said)
-            error = _unburied(*buried.groups()) if buried else copy(reply)
-            if proven and not buried:
-                error.args = (said,)
-            return error, proven
+        if text.partition(" ")[0] in CODES:
+            return misplaced(), False
+        buried = _BURIED.search(said)
+        error = _unburied(*buried.groups()) if buried else copy(reply)
+        if proven and not buried:
+            error.args = (said,)
+        return error, proven
+    if isinstance(reply, RedisError):
+        return copy(reply), False
     return misplaced(), False
 
 
