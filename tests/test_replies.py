@@ -93,6 +93,8 @@ def test_no_operation_takes_a_foreign_reply(
 ) -> None:
     """Whatever reply lies in wait on a connection, no operation takes it for its own."""
     gate = flavour.gate(flavour.client(server.port, max_connections=1))
+    for operation in OPERATIONS:  # the server knows the scripts now
+        operation(gate, gate.start(300, {"user": "x"}))
     token = gate.start(300, {"user": "mine"})
     server.client().set("foreign", b"x" * 30)
     requests: dict[str, tuple[object, ...]] = {
