@@ -5,7 +5,6 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
-from nacl.utils import random as system_random
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import ConnectionPool
@@ -16,7 +15,7 @@ from .commands import Answer, AnyCommand, Command, Commands
 from .connect import async_client_from_url
 from .errors import ConfigurationError, EventLoopError, GateClosedError
 from .gate import DEFAULT_PREFIX, SessionGate
-from .keyspace import Keyspace
+from .keyspace import Keyspace, system_random
 from .lane import Batch, Lane, OneLoop, Waiting, Watch
 from .tokens import SignKey, SignKeyRing
 

@@ -6,7 +6,6 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Self, TypeVar
 
-from nacl.utils import random as system_random
 from redis import Redis
 from redis import exceptions as redis_errors
 from redis.client import Pipeline
@@ -17,7 +16,7 @@ from .arguments import Data
 from .commands import PROBE, Answer, AnyCommand, Command, Commands
 from .connect import client_from_url, refuse_stale_cache
 from .errors import ConfigurationError, GateClosedError
-from .keyspace import Keyspace
+from .keyspace import Keyspace, system_random
 from .tokens import SignKey, SignKeyRing
 from .wire import misplaced, new_echo, pack, unpack
 

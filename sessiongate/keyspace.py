@@ -16,6 +16,13 @@ _LETTERS = bytes(ID_ALPHABET[byte % len(ID_ALPHABET)] for byte in range(256))
 _UNFAIR = bytes(range(_FAIR, 256))
 
 
+def system_random(size: int) -> bytes:
+    """Bytes of the system's random source, through libsodium."""
+    from nacl.utils import random  # noqa: PLC0415  # a third of our import time, and only for start
+
+    return random(size)
+
+
 class Keyspace:
     """Draws session ids and names their hashes: `<prefix>:{<id>}`."""
 

@@ -7,6 +7,7 @@ missed goal is shown, not raised.
 # ruff: noqa: T201  # a table on the terminal is what it is for
 
 import argparse
+import asyncio
 import json
 import os
 import platform
@@ -14,10 +15,11 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from secrets import token_hex
@@ -28,12 +30,13 @@ from typing import Self
 
 import redis
 from redis import Redis
+from redis import asyncio as redis_asyncio
 from redis._parsers import Encoder, _RESP2Parser
 from redis.connection import Connection, PythonRespSerializer
 from redis.utils import HIREDIS_AVAILABLE
 
 import sessiongate
-from sessiongate import InvalidTokenError, SessionGate
+from sessiongate import AsyncSessionGate, InvalidTokenError, SessionGate
 from sessiongate.commands import AnyCommand, Commands
 from sessiongate.wire import new_echo, pack
 
@@ -57,17 +60,19 @@ PURE_PYTHON: Mapping[str, object] = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A figure, the goal it is held to, and what it was made from."""
+    """A figure, the goal it is held to, if any, and what it was made from."""
 
     figure: str
     measured: float
-    goal: float
+    goal: float | None
     unit: str = ""
     at_least: bool = False
     parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def met(self) -> bool:
+    def met(self) -> bool | None:
+        if self.goal is None:
+            return None
         return self.measured >= self.goal if self.at_least else self.measured <= self.goal
 
 
@@ -85,6 +90,10 @@ class Bench:
     def client(self, **settings: object) -> Redis:
         """A client, made the same way for a gate and for bare redis-py."""
         return Redis.from_url(self.server.url, protocol=2, **settings)
+
+    def async_client(self) -> redis_asyncio.Redis:
+        """The same for asyncio."""
+        return redis_asyncio.Redis.from_url(self.server.url, protocol=2)
 
 
 # --- in turns -------------------------------------------------------------------------------------
@@ -183,9 +192,7 @@ def _calls(
     ):
         gate = SessionGate(ours, sign_key=SIGN_KEY)
         token = gate.start(TTL, {NAME: DATA})
-        key = f"sg-session:{{{token_hex(8)}}}"
-        bare.hset(key, mapping={"fp": os.urandom(16), FIELD: DATA})
-        bare.expire(key, TTL)
+        key = plain_hash(bare)
         rounds = in_turns(
             {
                 "pget": timed(lambda: gate.pget(token, NAME)),
@@ -202,6 +209,135 @@ def _calls(
             goal=1.10,
             parts={f"{name}_us": rounds.median(name) for name in (operation, command)},
         )
+
+
+def async_calls(bench: Bench) -> Iterator[Row]:
+    """Operations a second of tasks that each await one after the other, as redis-py comes."""
+    many = _awaited(bench, PAIRS, tasks=64, each=100, rounds=12)
+    yield many.row("pget", "hget", ", 64 tasks", goal=3.0)
+    yield many.row("pset", "hset", ", 64 tasks", goal=3.0)
+    yield many.p99_row("pget", "hget", ", 64 tasks", goal=0.5)
+    few = _awaited(bench, PAIRS[:1], tasks=8, each=250, rounds=24)
+    yield few.row("pget", "hget", ", 8 tasks", goal=1.8)
+    alone = _awaited(bench, PAIRS[:1], tasks=1, each=100, rounds=160, shared=True)
+    yield alone.row("pget", "hget", ", one task", goal=1.0)
+    alone = _awaited(bench, PAIRS[:1], tasks=1, each=100, rounds=160)
+    yield alone.row("pget", "hget", ", one task, on two cores", goal=1.0)
+
+
+def uvloop_calls(bench: Bench) -> Iterator[Row]:
+    """The same on another event loop, where there is one."""
+    if not find_spec("uvloop"):
+        return
+    import uvloop  # noqa: PLC0415  # there is none for Windows
+
+    loop = uvloop.new_event_loop
+    many = _awaited(bench, PAIRS[:1], tasks=64, each=100, rounds=8, loop=loop)
+    yield many.row("pget", "hget", ", 64 tasks, uvloop")
+    alone = _awaited(bench, PAIRS[:1], tasks=1, each=100, rounds=64, loop=loop)
+    yield alone.row("pget", "hget", ", one task, uvloop")
+
+
+def unbatched_calls(bench: Bench) -> Iterator[Row]:
+    """The same with each operation on a connection of the client's pool."""
+    many = _awaited(bench, PAIRS[:1], tasks=64, each=100, rounds=8, auto_pipeline=False)
+    yield many.row("pget", "hget", ", 64 tasks, no auto_pipeline")
+
+
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """What tasks achieved: calls a second, and how long the slowest hundredth of them took."""
+
+    per_s: Rounds
+    p99_us: Rounds
+
+    def row(self, operation: str, command: str, variant: str, goal: float | None = None) -> Row:
+        """How many times as many calls of the operation a second."""
+        return Row(
+            f"async {operation} / {command}{variant}",
+            self.per_s.ratio(operation, command),
+            goal,
+            at_least=True,
+            parts={f"{name}_per_s": self.per_s.median(name) for name in (operation, command)},
+        )
+
+    def p99_row(self, operation: str, command: str, variant: str, goal: float) -> Row:
+        """How many times as long the slowest hundredth of the operation take."""
+        return Row(
+            f"async {operation} / {command}{variant}, p99",
+            self.p99_us.ratio(operation, command),
+            goal,
+            parts={f"{name}_us": self.p99_us.median(name) for name in (operation, command)},
+        )
+
+
+def _awaited(  # noqa: PLR0913  # options are keyword-only
+    bench: Bench,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    tasks: int,
+    each: int,
+    rounds: int,
+    shared: bool = False,
+    auto_pipeline: bool = True,
+    loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> Awaited:
+    with (
+        on_cores(bench.server, shared=shared),
+        bench.client() as client,
+        asyncio.Runner(loop_factory=loop) as runner,
+    ):
+        ours, bare = bench.async_client(), bench.async_client()
+        gate = AsyncSessionGate(ours, sign_key=SIGN_KEY, auto_pipeline=auto_pipeline)
+        token = runner.run(gate.start(TTL, {NAME: DATA}))
+        key = plain_hash(client)
+        awaitables: dict[str, Callable[[], Awaitable[object]]] = {
+            "pget": lambda: gate.pget(token, NAME),
+            "hget": lambda: bare.hget(key, FIELD),
+            "pset": lambda: gate.pset(token, NAME, DATA),
+            "hset": lambda: bare.hset(key, FIELD, DATA),
+        }
+        crews = {name: Tasks(awaitables[name], tasks) for pair in pairs for name in pair}
+        for crew in crews.values():
+            runner.run(crew.work(1))  # connects
+        per_s = in_turns(
+            {name: partial(crew.measured, runner, each) for name, crew in crews.items()},
+            bench.times(rounds),
+        )
+        for close in gate.aclose, ours.aclose, bare.aclose:
+            runner.run(close())
+    return Awaited(per_s, Rounds({name: crew.p99s_us for name, crew in crews.items()}))
+
+
+class Tasks:
+    """Tasks of an event loop that all call the same, each one call after the other."""
+
+    def __init__(self, call: Callable[[], Awaitable[object]], count: int) -> None:
+        self._call = call
+        self._count = count
+        self.p99s_us: list[float] = []
+
+    def measured(self, runner: asyncio.Runner, each: int) -> float:
+        """Calls a second while each task makes some; their 99th percentile is kept beside."""
+        begun = time.perf_counter()
+        taken = runner.run(self.work(each))
+        seconds = time.perf_counter() - begun
+        self.p99s_us.append(sorted(taken)[len(taken) * 99 // 100] / 1000)
+        return len(taken) / seconds
+
+    async def work(self, each: int) -> list[int]:
+        """Nanoseconds that the calls took."""
+        taken: list[int] = []
+
+        async def one() -> None:
+            clock = time.perf_counter_ns
+            for _ in range(each):
+                begun = clock()
+                await self._call()
+                taken.append(clock() - begun)
+
+        await asyncio.gather(*(one() for _ in range(self._count)))
+        return taken
 
 
 def verifying(bench: Bench) -> Iterator[Row]:
@@ -437,7 +573,9 @@ def importing(bench: Bench) -> Iterator[Row]:
 
 def _import_ms(module: str) -> float:
     command = [sys.executable, "-c", f"import {module}"]
-    process = os.posix_spawn(sys.executable, command, os.environ)
+    # With its bytecode, as an installed package has it.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    process = os.posix_spawn(sys.executable, command, environment)
     _, status, usage = os.wait4(process, 0)
     if status:
         raise RuntimeError(f"import {module} failed")
@@ -448,6 +586,9 @@ FIGURES: Sequence[Callable[[Bench], Iterator[Row]]] = (
     calls,
     calls_to_another_core,
     pure_python_calls,
+    async_calls,
+    uvloop_calls,
+    unbatched_calls,
     verifying,
     forging,
     round_trips,
@@ -455,6 +596,14 @@ FIGURES: Sequence[Callable[[Bench], Iterator[Row]]] = (
     memory,
     importing,
 )
+
+
+def plain_hash(client: Redis) -> str:
+    """The Redis key of a new hash with what a session holds, for a command to work on."""
+    key = f"sg-session:{{{token_hex(8)}}}"
+    client.hset(key, mapping={"fp": os.urandom(16), FIELD: DATA})
+    client.expire(key, TTL)
+    return key
 
 
 # --- plain sockets --------------------------------------------------------------------------------
@@ -497,11 +646,12 @@ LINE = "{:<46} {:>10}    {:>10}  {:<6}  {}"
 def line(row: Row) -> str:
     """A row as a line of the table."""
     sign = ">=" if row.at_least else "<="
+    goal = "" if row.goal is None else f"{sign} {_figure(row.goal)} {row.unit}".strip()
     return LINE.format(
         row.figure,
         f"{_figure(row.measured)} {row.unit}".strip(),
-        f"{sign} {_figure(row.goal)} {row.unit}".strip(),
-        "met" if row.met else "MISSED",
+        goal,
+        {True: "met", False: "MISSED", None: ""}[row.met],
         ", ".join(f"{name} {_figure(value)}" for name, value in row.parts.items()),
     ).rstrip()
 

@@ -105,7 +105,7 @@ def test_no_operation_takes_a_foreign_reply(
         "read only": ("EVAL", "return redis.error_reply('READONLY secret of another')", 0),
         "foreign": ("EVAL", "return 'abcdefghijkl'", 0),
     }
-    with paused(server, 0.1):
+    with paused(server, 0.06):
         soil(flavour, gate, *requests[reply])
         if OPERATIONS[number] is OPERATIONS[3]:
             assert gate.pget(token, "user") == b"mine"
