@@ -316,13 +316,10 @@ def _ask(connection: Connection, command: AnyCommand) -> Answer:
 
 def _round_trip(connection: Connection, command: AnyCommand) -> tuple[Answer, bool]:
     echo = new_echo()
-    reply: object = None
     connection.send_packed_command(pack(command, echo))
     try:
-        try:
-            reply = connection.read_response(disable_decoding=True)
-        except ResponseError as error:
-            reply = error
-        return unpack(reply, echo)
-    finally:
-        del reply  # an error refers to this frame: the two would keep each other, and the request
+        reply: object = connection.read_response(disable_decoding=True)
+    except ResponseError as error:
+        # Under no other name: it refers to this frame, and the two would keep each other.
+        return unpack(error, echo)
+    return unpack(reply, echo)
