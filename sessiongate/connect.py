@@ -12,7 +12,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from .arguments import MISSING_HINT, type_of_setting
+from .arguments import MISSING_HINT, type_of_setting, utf8
 from .errors import ConfigurationError
 
 MEMORY_URL = "memory://"
@@ -93,6 +93,9 @@ def _with_scheme(url: object) -> str:
         raise ConfigurationError(f"url is a str, not {type_of_setting(url)}")
     if not url:
         raise ConfigurationError(f"url is empty{MISSING_HINT}")
+    if utf8(url) is None:
+        # The error of encoding it would hold the password, and come at the first call.
+        raise ConfigurationError("url is valid text: this one holds a lone surrogate")
     scheme, separator, rest = url.partition("://")
     url = scheme.lower() + separator + rest
     if url != MEMORY_URL and not url.startswith(("redis://", "rediss://", "unix://")):
@@ -132,7 +135,15 @@ def _made(url: str, make: Callable[[str], AnyClient]) -> AnyClient | None:
         timeouts = [pool.connection_kwargs.get(option) or 1 for option in _TIMEOUTS]
         if not all(0 < seconds <= _LONGEST_TIMEOUT for seconds in timeouts):
             return None
-    except (AttributeError, LookupError, RedisError, TypeError, UnboundLocalError, ValueError):
+    except (
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RedisError,
+        TypeError,
+        UnboundLocalError,
+        ValueError,
+    ):
         # What redis-py makes of text for options that want objects, and 5.3 of ?protocol=two.
         return None
     return client
