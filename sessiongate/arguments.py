@@ -64,7 +64,9 @@ def payloads_arg(payloads: Mapping[str, Data] | None) -> tuple[bytes, ...]:
 def data_arg(data: Data, name: str) -> bytes:
     """The bytes of the payload of that name, as they are now: later changes do not count."""
     # Only bytes themselves are taken at their word: a subclass may say anything of its length.
-    content = data if type(data) is bytes else _view(data)
+    if type(data) is bytes and 0 < len(data) <= MAX_DATA_BYTES:
+        return data
+    content = _view(data)
     if content is None:
         raise ArgumentError(
             f"data of payload {name!r} is bytes-like or a str, not {type(data).__name__}: "
