@@ -6,9 +6,34 @@
 --   ARGV[4]  data
 -- Returns echo. Errors: NOSESSION.
 local session, echo, fingerprint, field, data = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local grows = true -- whether it may take memory
 
-if redis.call('HGET', session, 'fp') ~= fingerprint then
-  return redis.error_reply('NOSESSION ' .. echo)
+local own = redis.call('HGET', session, 'fp')
+-- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.
+if not own or #own > 32 or string.sub(own, 1, 16) ~= fingerprint then
+  if redis.replicate_commands then redis.replicate_commands() end
+  local time = redis.call('TIME')
+  local now = time[1] * 1000 + math.floor(time[2] / 1000)
+  local opens = own and string.sub(own, 1, 16) == fingerprint
+  local old = own and not opens and redis.call('HGET', session, 'old') or ''
+  for at = 1, #old, 29 do
+    local grace_ends = tonumber(string.sub(old, at + 16, at + 28))
+    opens = opens or string.sub(old, at, at + 15) == fingerprint and now < grace_ends
+  end
+  if not opens then return redis.error_reply('NOSESSION ' .. echo) end
+  local idle, left = tonumber(string.sub(own, 46)), redis.call('PTTL', session)
+  if idle and left <= idle * 900 then
+    local ends = math.min(tonumber(string.sub(own, 33, 45)), now + idle * 1000)
+    if ends > now + left + 10 then
+      -- A full server refuses no write but a script's first: let that be one that it would refuse.
+      local kept = grows and redis.pcall('HSET', session, 'fp', own) or 0
+      if kept == 1 then redis.call('DEL', session) end -- it had just evicted the session
+      local used = kept
+      if kept == 0 then used = redis.pcall('PEXPIREAT', session, string.format('%.0f', ends)) end
+      if used == 0 or kept == 1 then return redis.error_reply('NOSESSION ' .. echo) end
+      if used ~= 1 then return redis.error_reply(used.err .. ' ' .. echo) end
+    end
+  end
 end
 local written = redis.pcall('HSET', session, field, data)
 if written == 1 then
@@ -18,6 +43,7 @@ if written == 1 then
     redis.call('DEL', session)
     return redis.error_reply('NOSESSION ' .. echo)
   end
+  redis.call('HDEL', session, ';' .. string.sub(field, 2))
 elseif written ~= 0 then
   return redis.error_reply(written.err .. ' ' .. echo)
 end

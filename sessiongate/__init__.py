@@ -1,12 +1,15 @@
 """Sessions with signed tokens and named payloads, on stock Redis.
 
 Who imports whom, from the bottom up: `errors`; `arguments`, `tokens` and `keyspace` judge and name
-things; `scripts` are the Lua files; `commands` makes of an operation a value; `wire` packs it as a
-request and proves its reply. All of these do no I/O. `gate` and `aio` (with its `lane`) run
-commands on the clients that `connect` makes of a URL; `cli` and `demo` show it.
+things; `scripts` are the Lua files; `command` is a call of one as a value, `answers` its results;
+`commands` makes of an operation its commands, with `subjects` for those on a subject's sessions;
+`wire` packs a command as a request and proves its reply. All of these do no I/O. `routes` finds the
+server of a command on a cluster. `gate` and `aio` (with its `lane`) run commands on the clients
+that `connect` makes of a URL; `cli` and `demo` show it.
 """
 
 from .aio import AsyncSessionGate
+from .answers import SessionInfo
 from .errors import (
     ArgumentError,
     BadSignatureError,
@@ -17,9 +20,13 @@ from .errors import (
     InvalidSessionError,
     InvalidTokenError,
     MalformedTokenError,
+    PayloadConflictError,
     PayloadNotFoundError,
+    PayloadOverflowError,
+    PayloadTypeError,
     SessionGateError,
     SessionNotFoundError,
+    TooManySessionsError,
     WeakSignKeyWarning,
 )
 from .gate import SessionGate
@@ -35,10 +42,15 @@ __all__ = [
     "InvalidSessionError",
     "InvalidTokenError",
     "MalformedTokenError",
+    "PayloadConflictError",
     "PayloadNotFoundError",
+    "PayloadOverflowError",
+    "PayloadTypeError",
     "SessionGate",
     "SessionGateError",
+    "SessionInfo",
     "SessionNotFoundError",
+    "TooManySessionsError",
     "WeakSignKeyWarning",
 ]
 

@@ -1,22 +1,30 @@
 """AsyncSessionGate: SessionGate under asyncio. What is asked at once goes out together."""
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.client import Pipeline
+from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import ConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from .answers import SessionInfo
 from .arguments import Data
-from .commands import Answer, AnyCommand, Command, Commands
+from .command import Answer, AnyCommand, Command
+from .commands import Commands
 from .connect import async_client_from_url
 from .errors import ConfigurationError, EventLoopError, GateClosedError
 from .gate import DEFAULT_PREFIX, SessionGate
 from .keyspace import Keyspace, system_random
 from .lane import Batch, Lane, OneLoop, Waiting, Watch
+from .routes import AsyncRoutes, Journey
+from .subjects import Overflow
 from .tokens import SignKey, SignKeyRing
 
 R = TypeVar("R")
@@ -46,19 +54,23 @@ class AsyncSessionGate:
     A gate belongs to the event loop that first uses it.
 
     Args:
-        client: the `redis.asyncio` client to use; it stays the application's, and `aclose` leaves
-            it open. Its decoding, protocol, database and timeouts are fine as they are.
+        client: the `redis.asyncio` client to use, `Redis` or `RedisCluster`; it stays the
+            application's, and `aclose` leaves it open. Its decoding, protocol, database and
+            timeouts are fine as they are.
         sign_key: the secret that signs tokens, or a list of them: the first signs, all verify, so
             that a key can be retired without signing anybody out. At least 32 random bytes each.
         prefix: what every key of this gate in Redis begins with; 1 to 200 bytes, no braces.
+        max_sessions: how many live sessions a subject may have; None for any number.
+        on_overflow: when a subject has that many and opens another, `"evict"` ends its oldest,
+            `"reject"` raises TooManySessionsError.
         auto_pipeline: whether operations share one connection of the gate's own. Without, each
             takes one of the client's pool, which raises when it has no more to give.
-        max_waiting: how many operations may be under way; further callers wait for room. At least
-            1; without auto_pipeline it does not count.
+        max_waiting: how many operations may be under way, for each server of a cluster; further
+            callers wait for room. At least 1; without auto_pipeline it does not count.
         random: where ids come from, `random(n)` being n bytes; only a test should replace it.
 
     Raises:
-        ConfigurationError: the client, sign key, prefix or max_waiting cannot be used.
+        ConfigurationError: the client, sign key, prefix or a limit cannot be used.
 
     Example:
         >>> from sessiongate import AsyncSessionGate
@@ -70,28 +82,39 @@ class AsyncSessionGate:
 
     def __init__(  # noqa: PLR0913  # options are keyword-only
         self,
-        client: Redis,
+        client: Redis | RedisCluster,
         *,
         sign_key: SignKey | Sequence[SignKey],
         prefix: str = DEFAULT_PREFIX,
+        max_sessions: int | None = None,
+        on_overflow: Overflow = "evict",
         auto_pipeline: bool = True,
         max_waiting: int = DEFAULT_MAX_WAITING,
         random: Callable[[int], bytes] = system_random,
     ) -> None:
         self._closed = False
         self._prefix = prefix
-        if not isinstance(client, Redis) or isinstance(client, Pipeline):
+        if not isinstance(client, Redis | RedisCluster) or isinstance(client, Pipeline):
             raise ConfigurationError(
-                f"client is a redis.asyncio.Redis, not "
+                f"client is a redis.asyncio.Redis or redis.asyncio.RedisCluster, not "
                 f"{type(client).__module__}.{type(client).__name__}"
             )
         if not isinstance(max_waiting, int) or max_waiting < 1:
             raise ConfigurationError("max_waiting is a whole number of at least 1")
-        self._commands = Commands(SignKeyRing(sign_key), Keyspace(prefix, random))
+        self._commands = Commands(
+            SignKeyRing(sign_key), Keyspace(prefix, random), max_sessions, on_overflow
+        )
         self._client = client
         self._owns_client = False
-        pool = client.connection_pool
-        self._channel: _Channel = Lane(pool, max_waiting) if auto_pipeline else _Pooled(pool)
+
+        def channel(pool: ConnectionPool) -> _Channel:
+            return Lane(pool, max_waiting) if auto_pipeline else _Pooled(pool)
+
+        self._channel: _Channel = (
+            _Clustered(client, channel)
+            if isinstance(client, RedisCluster)
+            else channel(client.connection_pool)
+        )
 
     @classmethod
     def from_url(  # noqa: PLR0913  # options are keyword-only
@@ -100,6 +123,8 @@ class AsyncSessionGate:
         *,
         sign_key: SignKey | Sequence[SignKey],
         prefix: str = DEFAULT_PREFIX,
+        max_sessions: int | None = None,
+        on_overflow: Overflow = "evict",
         auto_pipeline: bool = True,
         max_waiting: int = DEFAULT_MAX_WAITING,
         random: Callable[[int], bytes] = system_random,
@@ -112,6 +137,8 @@ class AsyncSessionGate:
                 (extra `memory`). Options of redis-py follow a `?`, as in `?socket_timeout=2`.
             sign_key: as for the class.
             prefix: as for the class.
+            max_sessions: as for the class.
+            on_overflow: as for the class.
             auto_pipeline: as for the class.
             max_waiting: as for the class.
             random: as for the class.
@@ -129,6 +156,8 @@ class AsyncSessionGate:
             async_client_from_url(url),
             sign_key=sign_key,
             prefix=prefix,
+            max_sessions=max_sessions,
+            on_overflow=on_overflow,
             auto_pipeline=auto_pipeline,
             max_waiting=max_waiting,
             random=random,
@@ -137,28 +166,92 @@ class AsyncSessionGate:
         return gate
 
     @_as_in(SessionGate.start)
-    async def start(self, ttl: int | timedelta, payloads: Mapping[str, Data] | None = None) -> str:
-        return await self._run(self._commands.start(ttl, payloads))
+    async def start(
+        self,
+        ttl: int | timedelta,
+        payloads: Mapping[str, Data] | None = None,
+        *,
+        subject: str | None = None,
+        idle_timeout: int | timedelta | None = None,
+    ) -> str:
+        return await self._run(self._commands.start(ttl, payloads, subject, idle_timeout))
+
+    @_as_in(SessionGate.touch)
+    async def touch(self, token: str | bytes) -> None:
+        return await self._run(self._commands.touch(token))
+
+    @_as_in(SessionGate.info)
+    async def info(self, token: str | bytes) -> SessionInfo:
+        return await self._run(self._commands.info(token))
+
+    @_as_in(SessionGate.renew)
+    async def renew(
+        self, token: str | bytes, *, grace: int | timedelta = 10, subject: str | None = None
+    ) -> str:
+        return await self._run(self._commands.renew(token, grace, subject))
 
     @_as_in(SessionGate.expire)
     async def expire(self, token: str | bytes, ttl: int | timedelta) -> None:
         return await self._run(self._commands.expire(token, ttl))
 
     @_as_in(SessionGate.pset)
-    async def pset(self, token: str | bytes, name: str, data: Data) -> None:
-        return await self._run(self._commands.pset(token, name, data))
+    async def pset(  # noqa: PLR0913  # options are keyword-only
+        self,
+        token: str | bytes,
+        name: str,
+        data: Data,
+        *,
+        if_absent: bool = False,
+        if_match: Data | None = None,
+        ttl: int | timedelta | None = None,
+    ) -> None:
+        return await self._run(
+            self._commands.pset(token, name, data, if_absent=if_absent, if_match=if_match, ttl=ttl)
+        )
+
+    @_as_in(SessionGate.pset_many)
+    async def pset_many(self, token: str | bytes, payloads: Mapping[str, Data]) -> None:
+        return await self._run(self._commands.pset_many(token, payloads))
 
     @_as_in(SessionGate.pget)
     async def pget(self, token: str | bytes, name: str) -> bytes:
         return await self._run(self._commands.pget(token, name))
 
+    @_as_in(SessionGate.pget_many)
+    async def pget_many(self, token: str | bytes, names: Iterable[str]) -> dict[str, bytes]:
+        return await self._run(self._commands.pget_many(token, names))
+
+    @_as_in(SessionGate.pall)
+    async def pall(self, token: str | bytes) -> dict[str, bytes]:
+        return await self._run(self._commands.pall(token))
+
     @_as_in(SessionGate.pdel)
     async def pdel(self, token: str | bytes, name: str) -> None:
         return await self._run(self._commands.pdel(token, name))
 
+    @_as_in(SessionGate.ppop)
+    async def ppop(self, token: str | bytes, name: str) -> bytes:
+        return await self._run(self._commands.ppop(token, name))
+
+    @_as_in(SessionGate.pincr)
+    async def pincr(self, token: str | bytes, name: str, by: int = 1) -> int:
+        return await self._run(self._commands.pincr(token, name, by))
+
     @_as_in(SessionGate.end)
     async def end(self, token: str | bytes) -> None:
         return await self._run(self._commands.end(token))
+
+    @_as_in(SessionGate.sessions)
+    async def sessions(self, subject: str) -> list[SessionInfo]:
+        return await self._run(self._commands.sessions(subject))
+
+    @_as_in(SessionGate.end_all)
+    async def end_all(self, subject: str, *, keep: str | bytes | None = None) -> int:
+        return await self._run(self._commands.end_all(subject, keep))
+
+    @_as_in(SessionGate.end_one)
+    async def end_one(self, subject: str, session_id: str) -> None:
+        return await self._run(self._commands.end_one(subject, session_id))
 
     @_as_in(SessionGate.verify)
     async def verify(self, token: str | bytes) -> str:
@@ -182,7 +275,7 @@ class AsyncSessionGate:
         except EventLoopError:
             self._closed = was_closed
             raise
-        if self._owns_client:
+        if self._owns_client and isinstance(self._client, Redis):
             await self._client.aclose()
             await self._client.connection_pool.disconnect()
 
@@ -209,16 +302,20 @@ class AsyncSessionGate:
             # An error here is the caller's: nothing was sent.
             answer = await self._channel.ask(command)
             try:
-                return command.result(answer)
+                result = command.result(answer)
+                if not isinstance(result, Command):
+                    return result
+                following = result
             except Exception as error:
-                following = command.after(error)
-                if following is None:
+                repetition = command.after(error)
+                if repetition is None:
                     raise
+                following = repetition
             command = following
 
 
 class _Channel(Protocol):
-    async def ask(self, command: AnyCommand) -> Answer: ...
+    async def ask(self, command: AnyCommand, *, asking: bool = False) -> Answer: ...
 
     async def close(self) -> None: ...
 
@@ -230,7 +327,7 @@ class _Pooled:
         self._pool = pool
         self._loop = OneLoop()
 
-    async def ask(self, command: AnyCommand) -> Answer:
+    async def ask(self, command: AnyCommand, *, asking: bool = False) -> Answer:
         loop = self._loop.check()
         try:
             connection = await self._pool.get_connection()
@@ -241,7 +338,7 @@ class _Pooled:
             # (One whose handshake was cancelled has a reply to come, which the echo will tell.)
             await self._pool.disconnect(inuse_connections=False)
             raise
-        waiting = Waiting(command, loop.create_future())
+        waiting = Waiting(command, loop.create_future(), asking)
         batch = Batch([waiting])
         try:
             # Its own timeout, as it is the pool's.
@@ -259,3 +356,92 @@ class _Pooled:
     async def close(self) -> None:
         """Nothing but the check: the connections are the pool's."""
         self._loop.check()
+
+
+class _Server:
+    """A server of a cluster: its channel, and how many callers are at it."""
+
+    __slots__ = ("callers", "channel", "gone", "pool")
+
+    def __init__(self, node: ClusterNode, channel: Callable[[ConnectionPool], _Channel]) -> None:
+        # As the node makes its own connections; but never one that may read from a replica.
+        options = {**node.connection_kwargs, "retry": Retry(NoBackoff(), 0)}
+        options.pop("redis_connect_func", None)
+        self.pool = ConnectionPool(node.connection_class, node.max_connections, **options)
+        self.channel = channel(self.pool)
+        self.callers = 0
+        self.gone = False
+
+    async def close(self) -> None:
+        """Close the channel, and all connections unless callers are left: the last one does."""
+        await self.channel.close()
+        self.gone = True
+        if not self.callers:
+            await self.pool.disconnect()
+
+
+class _Clustered:
+    """Sends each command to the server of its slot, over a channel for each of them.
+
+    A server that left the cluster is closed when nobody waits for it any more.
+    """
+
+    def __init__(self, client: RedisCluster, channel: Callable[[ConnectionPool], _Channel]) -> None:
+        self._routes = AsyncRoutes(client)
+        self._turn = 0
+        self._make_channel = channel
+        self._servers: dict[str, _Server] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._loop = OneLoop()
+        self._closed = False
+
+    async def ask(self, command: AnyCommand, *, asking: bool = False) -> Answer:
+        self._loop.check()
+        journey = Journey()
+        while True:
+            node = await self._routes.node(command, journey)
+            if self._turn != self._routes.turn:
+                self._turn = self._routes.turn
+                self._forget(self._servers.keys() - self._routes.names())
+            answer = await self._ask_at(node, command, asking=asking or journey.asking)
+            self._routes.heard(node, answer)
+            if not journey.goes_on(answer, node.host):
+                return answer
+            await asyncio.sleep(journey.pause)
+
+    async def _ask_at(self, node: ClusterNode, command: AnyCommand, *, asking: bool) -> Answer:
+        if self._closed:
+            raise GateClosedError
+        if node.name not in self._servers:
+            self._servers[node.name] = _Server(node, self._make_channel)
+        server = self._servers[node.name]
+        server.callers += 1
+        try:
+            return await server.channel.ask(command, asking=asking)
+        except RedisError as error:
+            return error
+        finally:
+            server.callers -= 1
+            if server.gone and not server.callers:
+                self._close(server)
+
+    def _forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            server = self._servers.pop(name)
+            server.gone = True
+            if not server.callers:
+                self._close(server)
+
+    def _close(self, server: _Server) -> None:
+        task = asyncio.create_task(server.close(), name="sessiongate-close")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """Close the channels, each in its way, and all connections that are idle by then."""
+        self._loop.check()
+        self._closed = True
+        await self._routes.close()
+        await asyncio.gather(*(server.close() for server in self._servers.values()))
+        if self._closing:
+            await asyncio.wait(self._closing)

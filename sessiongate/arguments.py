@@ -1,6 +1,6 @@
 """What a caller may pass: every limit, and the bytes that an argument becomes. No I/O here."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
 from .errors import ArgumentError
@@ -10,27 +10,64 @@ Data = str | bytes | bytearray | memoryview
 MAX_TTL_SECONDS = 100 * 365 * 24 * 60 * 60
 MAX_NAME_BYTES = 200
 MAX_DATA_BYTES = 8_000_000
+MAX_SUBJECT_BYTES = 200
 
 MISSING_HINT = ": is it missing from your settings?"
 
 _TOO_LONG_TO_TELL = 10**20
 
 
-def ttl_arg(ttl: int | timedelta) -> bytes:
-    """The whole seconds of a ttl, in decimal."""
+def ttl_arg(ttl: int | timedelta, what: str = "ttl", least: int = 0) -> bytes:
+    """The whole seconds of a ttl, or of another span of time, in decimal."""
     if isinstance(ttl, timedelta):
         if ttl.microseconds:
-            raise ArgumentError(f"ttl is a whole number of seconds, not {ttl}")
+            raise ArgumentError(f"{what} is a whole number of seconds, not {ttl}")
         ttl = ttl.days * 86_400 + ttl.seconds
     elif not isinstance(ttl, int) or isinstance(ttl, bool):
         raise ArgumentError(
-            f"ttl is a whole number of seconds (int) or a timedelta, not {type(ttl).__name__}"
+            f"{what} is a whole number of seconds (int) or a timedelta, not {type(ttl).__name__}"
         )
     ttl = int.__index__(ttl)  # a subclass may compare as it likes
-    if not 0 <= ttl <= MAX_TTL_SECONDS:
+    if not least <= ttl <= MAX_TTL_SECONDS:
         told = f"{ttl:d}" if abs(ttl) < _TOO_LONG_TO_TELL else "a number of over 20 digits"
-        raise ArgumentError(f"ttl is 0 to {MAX_TTL_SECONDS} seconds (100 years), not {told}")
+        raise ArgumentError(
+            f"{what} is {least} to {MAX_TTL_SECONDS} seconds (100 years), not {told}"
+        )
     return b"%d" % ttl
+
+
+def idle_timeout_arg(idle_timeout: int | timedelta | None) -> bytes:
+    """The whole seconds of an idle timeout, in decimal; nothing if there is none."""
+    return b"" if idle_timeout is None else ttl_arg(idle_timeout, "idle_timeout", 1)
+
+
+def subject_arg(subject: str) -> bytes:
+    """The bytes of a subject."""
+    if not isinstance(subject, str):
+        raise ArgumentError(f"subject is a str, not {type(subject).__name__}")
+    raw = utf8(subject)
+    if raw is None:
+        raise ArgumentError("subject is valid text: this one holds a lone surrogate")
+    if not 0 < len(raw) <= MAX_SUBJECT_BYTES:
+        raise ArgumentError(f"subject is 1 to {MAX_SUBJECT_BYTES} bytes of UTF-8, not {len(raw)}")
+    return raw
+
+
+def names_arg(names: Iterable[str]) -> tuple[bytes, ...]:
+    """The hash fields of payloads, each once."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ArgumentError(f"names is a list of payload names, not {type(names).__name__}")
+    return tuple(dict.fromkeys(map(field_arg, names)))
+
+
+def by_arg(by: int) -> bytes:
+    """What to add to a counter, in decimal."""
+    if not isinstance(by, int) or isinstance(by, bool):
+        raise ArgumentError(f"by is a whole number (int), not {type(by).__name__}")
+    by = int.__index__(by)
+    if not -(2**63) <= by < 2**63:
+        raise ArgumentError("by is a signed number of 64 bits: -2**63 to 2**63 - 1")
+    return b"%d" % by
 
 
 def field_arg(name: str) -> bytes:

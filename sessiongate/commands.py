@@ -1,167 +1,208 @@
 """Every operation as a value: its script, keys, arguments, how to read the reply. No I/O here.
 
-Both gates run these and decide nothing themselves: what is checked, what an error means and what is
-sent again after one is all told here.
+Both gates run these and decide nothing themselves: what is checked, what an error means, what is
+sent again after one and what is sent next is all told here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import Any, Generic, NamedTuple, TypeVar
 
-from redis import exceptions as redis_errors
-
-from . import scripts
-from .arguments import Data, data_arg, field_arg, payloads_arg, ttl_arg
-from .errors import IdTakenError, PayloadNotFoundError, SessionNotFoundError
+from . import answers, scripts
+from .answers import SessionInfo
+from .arguments import (
+    Data,
+    by_arg,
+    data_arg,
+    field_arg,
+    idle_timeout_arg,
+    names_arg,
+    payloads_arg,
+    ttl_arg,
+)
+from .command import Command, lost, nothing, once_more
+from .errors import ArgumentError, IdTakenError
 from .keyspace import Keyspace
-from .scripts import Script
-from .tokens import SignKeyRing
-
-R = TypeVar("R")
-
-# The errors that the scripts raise themselves.
-CODES = frozenset({"IDTAKEN", "NOSESSION", "NOPAYLOAD"})
-
-# Ids that are taken one after the other mean a broken random source, not bad luck (95 bits).
-_MAX_DRAWS = 4
-
-
-class Refusal(NamedTuple):
-    """A script's own no: one of `CODES`."""
-
-    code: str
-
-
-# What came of a command: what its script returned, its refusal, or an error to raise.
-Answer = bytes | Refusal | Exception
-
-
-class Command(NamedTuple, Generic[R]):
-    """One call of one script. Made here, sent by a gate."""
-
-    script: Script
-    keys: tuple[bytes, ...]
-    args: tuple[bytes, ...]
-    decode: Callable[[bytes], R]
-    session_id: str
-    payload: str = ""
-    recover: "Callable[[Command[R], Exception], Command[R] | None] | None" = None
-    by_source: bool = False
-
-    def __repr__(self) -> str:
-        # Arguments are fingerprints and payloads: not for logs.
-        return f"<Command {self.script.name}>"
-
-    def result(self, answer: Answer) -> R:
-        """What the caller gets: the decoded answer, or the error that stands for it, raised."""
-        if isinstance(answer, bytes):
-            return self.decode(answer)
-        if not isinstance(answer, Refusal):
-            try:
-                raise answer
-            finally:
-                del answer  # the error refers to this frame: the two would keep each other
-        if answer.code == "NOSESSION":
-            raise SessionNotFoundError(self.session_id)
-        if answer.code == "NOPAYLOAD":
-            raise PayloadNotFoundError(self.payload)
-        raise IdTakenError
-
-    def after(self, error: Exception) -> "Command[R] | None":
-        """The command to send now that this one failed; None if its error is the caller's.
-
-        The chain ends by itself: each step uses up what led to it.
-        """
-        if isinstance(error, redis_errors.NoScriptError) and not self.by_source:
-            # The same call with the source: needs no other node nor permission, and registers it.
-            return self._replace(by_source=True)
-        return self.recover(self, error) if self.recover else None
-
-
-AnyCommand = Command[Any]  # for code that carries commands and never looks at their results
-
-
-def _lost(error: Exception) -> bool:
-    """Whether it is unknown if the command ran. Subclasses name a refusal: then it is known."""
-    return type(error) in (redis_errors.ConnectionError, redis_errors.TimeoutError)
-
-
-def _once_more(command: Command[R], error: Exception) -> Command[R] | None:
-    """For what only reads: a second try harms nobody."""
-    return command._replace(recover=None) if _lost(error) else None
-
-
-def _nothing(_: bytes) -> None:
-    return None
+from .subjects import MAX_DRAWS, Opening, Overflow, Source, Subjects
+from .tokens import FINGERPRINT_BYTES, SignKeyRing
 
 
 def _data(answer: bytes) -> bytes:
     return answer
 
 
-# Asked behind an error without an echo, to tell whether that was the answer to the request before.
-# Sent by source: it must not meet a NOSCRIPT itself.
-PROBE: Command[None] = Command(scripts.ECHO, (), (), _nothing, "", by_source=True)
-
-
 class Commands:
     """Makes the command of each operation; whatever can be refused locally is refused here."""
 
-    __slots__ = ("_keyspace", "_ring")
+    __slots__ = ("_keyspace", "_ring", "_subjects")
 
-    def __init__(self, ring: SignKeyRing, keyspace: Keyspace) -> None:
+    def __init__(
+        self,
+        ring: SignKeyRing,
+        keyspace: Keyspace,
+        max_sessions: int | None = None,
+        on_overflow: Overflow = "evict",
+    ) -> None:
         self._ring = ring
         self._keyspace = keyspace
+        self._subjects = Subjects(ring, keyspace, max_sessions, on_overflow)
 
     def verify(self, token: str | bytes) -> str:
         return self._ring.verify(token)[0]
 
-    def start(self, ttl: int | timedelta, payloads: Mapping[str, Data] | None) -> Command[str]:
-        return self._start(ttl_arg(ttl), payloads_arg(payloads), _MAX_DRAWS)
+    def start(
+        self,
+        ttl: int | timedelta,
+        payloads: Mapping[str, Data] | None = None,
+        subject: str | None = None,
+        idle_timeout: int | timedelta | None = None,
+    ) -> Command[str]:
+        opening = Opening(ttl_arg(ttl), idle_timeout_arg(idle_timeout), payloads_arg(payloads))
+        if subject is not None:
+            return self._subjects.start(subject, opening)
+        return self._start(opening, MAX_DRAWS)
 
-    def _start(self, ttl: bytes, fields: tuple[bytes, ...], draws: int) -> Command[str]:
+    def _start(self, opening: Opening, draws: int) -> Command[str]:
         session_id = self._keyspace.new_id()
         token, fingerprint = self._ring.sign(session_id)
+        ttl, idle_timeout, fields, _ = opening
 
         def recover(command: Command[str], error: Exception) -> Command[str] | None:
             if isinstance(error, IdTakenError) and draws > 1:
-                return self._start(ttl, fields, draws - 1)
-            if _lost(error) and command.args[2] == b"0":
-                return command._replace(args=(fingerprint, ttl, b"1", *fields))
+                return self._start(opening, draws - 1)
+            if lost(error) and command.args[2] == b"0":
+                return command._replace(args=(fingerprint, ttl, b"1", idle_timeout, *fields))
             return None
 
         return Command(
             scripts.START,
             (self._keyspace.session_key(session_id),),
-            (fingerprint, ttl, b"0", *fields),
+            (fingerprint, ttl, b"0", idle_timeout, *fields),
             lambda _: token,
             session_id,
             recover=recover,
         )
 
+    def touch(self, token: str | bytes) -> Command[None]:
+        session_id, fingerprint, keys = self._session(token)
+        return Command(scripts.TOUCH, keys, (fingerprint,), nothing, session_id, "", once_more)
+
+    def info(self, token: str | bytes) -> Command[SessionInfo]:
+        session_id, fingerprint, keys = self._session(token)
+
+        def told(answer: bytes) -> SessionInfo:
+            return answers.session_info(session_id, answer)
+
+        return Command(scripts.INFO, keys, (fingerprint,), told, session_id, "", once_more)
+
     def expire(self, token: str | bytes, ttl: int | timedelta) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
-        return Command(scripts.EXPIRE, keys, (fingerprint, ttl_arg(ttl)), _nothing, session_id)
+        args = (fingerprint, ttl_arg(ttl))
 
-    def pset(self, token: str | bytes, name: str, data: Data) -> Command[None]:
+        def expired(subject: bytes) -> Command[None] | None:
+            if not subject:
+                return None
+            # A token does not tell whose it is, and the index has to know when its sessions end.
+            both = (*keys, self._subjects.index_key(subject))
+            return Command(scripts.EXPIRE, both, (*args, session_id.encode()), nothing, session_id)
+
+        return Command(scripts.EXPIRE, keys, args, expired, session_id)
+
+    def renew(
+        self, token: str | bytes, grace: int | timedelta, subject: str | None
+    ) -> Command[str]:
+        session_id, fingerprint, generation = self._ring.verify(token)
+        grace_arg = ttl_arg(grace, "grace")
+        if subject is not None:
+            return self._subjects.adopt(Source(session_id, fingerprint, generation), subject)
+        successor = self._ring.sign(session_id, generation + 1)[1]
+        realm = self._ring.realms[0]
+        args = (fingerprint, successor, b"%d" % (generation + 1), grace_arg, realm)
+
+        def renewed(answer: bytes) -> str:
+            its_fingerprint, digits = answer[:FINGERPRINT_BYTES], answer[FINGERPRINT_BYTES:]
+            return self._ring.token_of(its_fingerprint, session_id, int(digits))
+
+        def recover(command: Command[str], error: Exception) -> Command[str] | None:
+            if lost(error) and command.args[-1] == b"0":
+                return command._replace(args=(*args, b"1"))
+            return None
+
+        keys = (self._keyspace.session_key(session_id),)
+        return Command(scripts.RENEW, keys, (*args, b"0"), renewed, session_id, "", recover)
+
+    def end(self, token: str | bytes) -> Command[None]:
+        session_id, fingerprint, keys = self._session(token)
+        return Command(scripts.END, keys, (fingerprint,), nothing, session_id)
+
+    def sessions(self, subject: str) -> Command[list[SessionInfo]]:
+        return self._subjects.sessions(subject)
+
+    def end_all(self, subject: str, keep: str | bytes | None) -> Command[int]:
+        return self._subjects.end_all(subject, "" if keep is None else self.verify(keep))
+
+    def end_one(self, subject: str, session_id: str) -> Command[None]:
+        return self._subjects.end_one(subject, session_id)
+
+    def pset(  # noqa: PLR0913  # options are keyword-only
+        self,
+        token: str | bytes,
+        name: str,
+        data: Data,
+        *,
+        if_absent: bool = False,
+        if_match: Data | None = None,
+        ttl: int | timedelta | None = None,
+    ) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
         args = (fingerprint, field_arg(name), data_arg(data, name))
-        return Command(scripts.PSET, keys, args, _nothing, session_id, name)
+        if if_absent is False and if_match is None and ttl is None:
+            return Command(scripts.PSET, keys, args, nothing, session_id, name)
+        if not isinstance(if_absent, bool):
+            raise ArgumentError(f"if_absent is a bool, not {type(if_absent).__name__}")
+        if if_absent and if_match is not None:
+            raise ArgumentError("if_absent and if_match exclude each other: give one of them")
+        condition = b"absent" if if_absent else b"" if if_match is None else b"match"
+        expected = b"" if if_match is None else data_arg(if_match, name)
+        options = (condition, expected, b"" if ttl is None else ttl_arg(ttl))
+        return Command(scripts.PSET_IF, keys, (*args, *options), nothing, session_id, name)
+
+    def pset_many(self, token: str | bytes, payloads: Mapping[str, Data]) -> Command[None]:
+        session_id, fingerprint, keys = self._session(token)
+        if payloads is None:
+            raise ArgumentError("payloads is a mapping of names to data, not NoneType")
+        args = (fingerprint, *payloads_arg(payloads))
+        return Command(scripts.PSET_MANY, keys, args, nothing, session_id)
 
     def pget(self, token: str | bytes, name: str) -> Command[bytes]:
         session_id, fingerprint, keys = self._session(token)
         args = (fingerprint, field_arg(name))
-        return Command(scripts.PGET, keys, args, _data, session_id, name, _once_more)
+        return Command(scripts.PGET, keys, args, _data, session_id, name, once_more)
+
+    def pget_many(self, token: str | bytes, names: Iterable[str]) -> Command[dict[str, bytes]]:
+        session_id, fingerprint, keys = self._session(token)
+        args = (fingerprint, *names_arg(names))
+        return Command(scripts.PGET_MANY, keys, args, answers.payloads, session_id, "", once_more)
+
+    def pall(self, token: str | bytes) -> Command[dict[str, bytes]]:
+        session_id, fingerprint, keys = self._session(token)
+        args = (fingerprint,)
+        return Command(scripts.PALL, keys, args, answers.payloads, session_id, "", once_more)
 
     def pdel(self, token: str | bytes, name: str) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
         args = (fingerprint, field_arg(name))
-        return Command(scripts.PDEL, keys, args, _nothing, session_id, name)
+        return Command(scripts.PDEL, keys, args, nothing, session_id, name)
 
-    def end(self, token: str | bytes) -> Command[None]:
+    def ppop(self, token: str | bytes, name: str) -> Command[bytes]:
         session_id, fingerprint, keys = self._session(token)
-        return Command(scripts.END, keys, (fingerprint,), _nothing, session_id)
+        args = (fingerprint, field_arg(name))
+        return Command(scripts.PPOP, keys, args, _data, session_id, name)
+
+    def pincr(self, token: str | bytes, name: str, by: int) -> Command[int]:
+        session_id, fingerprint, keys = self._session(token)
+        args = (fingerprint, field_arg(name), by_arg(by))
+        return Command(scripts.PINCR, keys, args, int, session_id, name)
 
     def _session(self, token: str | bytes) -> tuple[str, bytes, tuple[bytes]]:
-        session_id, fingerprint = self._ring.verify(token)
+        session_id, fingerprint, _ = self._ring.verify(token)
         return session_id, fingerprint, (self._keyspace.session_key(session_id),)

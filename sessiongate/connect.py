@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
-from redis import Redis
+from redis import Redis, RedisCluster
 from redis import __version__ as redis_version
 from redis import asyncio as redis_asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
@@ -68,12 +68,17 @@ def async_client_from_url(url: str) -> redis_asyncio.Redis:
     )
 
 
-def refuse_stale_cache(client: Redis) -> None:
+def refuse_stale_cache(client: Redis | RedisCluster) -> None:
     """Refuse a caching client of redis-py before 8, which may cache a reply under another's key.
 
     Its connections take a packed request for the one before it when that failed.
     """
-    cached = getattr(client.connection_pool, "cache", None) is not None
+    clients = (
+        [client]
+        if isinstance(client, Redis)
+        else [client.get_redis_connection(node) for node in client.get_nodes()]
+    )
+    cached = any(getattr(one.connection_pool, "cache", None) is not None for one in clients)
     if cached and int(redis_version.partition(".")[0]) < _FIRST_SOUND_CACHE:
         raise ConfigurationError(
             "client caches replies, and before redis-py 8 mixes them up with a gate's: upgrade, or "

@@ -17,6 +17,10 @@ class SessionGateError(Exception):
         │   │   └── BadSignatureError
         │   └── SessionNotFoundError     ended, expired or never there
         ├── PayloadNotFoundError         also a LookupError
+        ├── PayloadConflictError         if_absent or if_match was not so
+        ├── PayloadTypeError             the payload is no counter
+        │   └── PayloadOverflowError     also an OverflowError
+        ├── TooManySessionsError         the subject has max_sessions
         ├── ArgumentError                also a ValueError
         ├── ConfigurationError           also a ValueError
         ├── GateClosedError
@@ -78,6 +82,50 @@ class PayloadNotFoundError(SessionGateError, LookupError):
 
     def __str__(self) -> str:
         return f"the session holds no payload named {self.name!r}"
+
+
+class PayloadConflictError(SessionGateError):
+    """The payload is not what `if_absent` or `if_match` asked for; nothing was stored.
+
+    Attributes:
+        name: the payload's name, as it was given.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"payload {self.name!r} is not as the condition wants it: read it and decide anew"
+
+
+class PayloadTypeError(SessionGateError):
+    """The payload is no counter: no decimal number of 64 bits. It was left as it is.
+
+    Attributes:
+        name: the payload's name, as it was given.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"payload {self.name!r} is no whole number of 64 bits: pincr counts what pincr made"
+
+
+class PayloadOverflowError(PayloadTypeError, OverflowError):
+    """The sum would not fit into 64 bits; the counter was left as it is."""
+
+    def __str__(self) -> str:
+        return f"payload {self.name!r} would leave the range of a signed number of 64 bits"
+
+
+class TooManySessionsError(SessionGateError):
+    """The subject has `max_sessions` live sessions already, and the gate rejects more."""
+
+    def __str__(self) -> str:
+        return "the subject has as many live sessions as max_sessions allows: end one of them first"
 
 
 class ArgumentError(SessionGateError, ValueError):

@@ -14,8 +14,9 @@ from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.exceptions import RedisError, ResponseError
 
-from .commands import PROBE, Answer, AnyCommand
+from .command import PROBE, Answer, AnyCommand
 from .errors import EventLoopError, GateClosedError
+from .routes import ASKING, REDIRECTIONS
 from .wire import misplaced, new_echo, new_echoes, pack, unpack
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Waiting(NamedTuple):
 
     command: AnyCommand
     answer: asyncio.Future[Answer]
+    asking: bool = False  # sent there by a server of a cluster whose slot is about to move
 
     def settle(self, answer: Answer) -> None:
         """Give the caller the answer, or an error of sending it."""
@@ -51,6 +53,7 @@ class Batch:
 
     __slots__ = (
         "_answered",
+        "_asked",
         "_echoes",
         "_members",
         "_misread",
@@ -69,6 +72,7 @@ class Batch:
         self._moved = False  # the primary became a replica: only a new connection finds the next
         self._written = False
         self._answered = 0
+        self._asked = False  # the reply to the ASKING of the next member was read
 
     def __len__(self) -> int:
         return len(self._members)
@@ -79,25 +83,18 @@ class Batch:
         Goes on where it was cancelled if it is called again and still owes replies.
         """
         if not self._written:
-            pieces: list[bytes] = []
-            for member, echo in zip(self._members, self._echoes, strict=True):
-                pieces += pack(member.command, echo)
-            # Private to redis-py, which closes an interrupted connection only once its buffer went
-            # out: a request that is over would still be sent, behind what comes on a new one.
-            writer = getattr(connection, "_writer", None)
-            try:
-                await connection.send_packed_command(pieces)
-            except BaseException:
-                if transport := getattr(writer, "transport", None):
-                    transport.abort()
-                raise
-            self._written = True
+            await self._write(connection)
         proven = False
         answer: Answer = b""
         while self._answered < len(self._members):
+            member = self._members[self._answered]
             reply = await _read(connection)
             watch.progressed()
-            member = self._members[self._answered]
+            if member.asking and not self._asked:
+                # Whatever it says: the command's own reply shows whether it served.
+                self._asked = True
+                continue
+            self._asked = False
             answer, proven = unpack(reply, self._echoes[self._answered])
             self._answered += 1
             if not proven and isinstance(answer, ResponseError):
@@ -112,7 +109,26 @@ class Batch:
         self.sound = proven and not (self._misread or self._moved)
         foreign = self._misread or isinstance(answer, redis_errors.ConnectionError)
         for member, refusal in self._unsure:
-            member.settle(misplaced() if foreign else refusal)
+            # A redirection says that the command did not run: not so one that is not proven.
+            unproven = not proven and isinstance(refusal, REDIRECTIONS)
+            member.settle(misplaced() if foreign or unproven else refusal)
+
+    async def _write(self, connection: AbstractConnection) -> None:
+        pieces: list[bytes] = []
+        for member, echo in zip(self._members, self._echoes, strict=True):
+            if member.asking:
+                pieces += ASKING
+            pieces += pack(member.command, echo)
+        # Private to redis-py, which closes an interrupted connection only once its buffer went
+        # out: a request that is over would still be sent, behind what comes on a new one.
+        writer = getattr(connection, "_writer", None)
+        try:
+            await connection.send_packed_command(pieces)
+        except BaseException:
+            if transport := getattr(writer, "transport", None):
+                transport.abort()
+            raise
+        self._written = True
 
     async def _send_probe(self, connection: AbstractConnection) -> None:
         probe = Waiting(PROBE, asyncio.get_running_loop().create_future())
@@ -230,7 +246,7 @@ class Lane:
 
     def __init__(self, pool: ConnectionPool, max_waiting: int) -> None:
         self._room = asyncio.Semaphore(max_waiting)
-        self._waiting: OrderedDict[asyncio.Future[Answer], AnyCommand] = OrderedDict()
+        self._waiting: OrderedDict[asyncio.Future[Answer], Waiting] = OrderedDict()
         self._loop = OneLoop()
         self._connection: AbstractConnection = pool.make_connection()
         # Until redis-py 8 the check had another name.
@@ -246,16 +262,16 @@ class Lane:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def ask(self, command: AnyCommand) -> Answer:
+    async def ask(self, command: AnyCommand, *, asking: bool = False) -> Answer:
         """The answer to a command, once it was its turn."""
         loop = self._loop.check()
         if self._alone and not self._busy and self._unfinished is None and not self._closed:
-            return await self._ask_alone(command)
+            return await self._ask_alone(command, asking=asking)
         async with self._room:
             if self._closed:
                 raise GateClosedError
             answer: asyncio.Future[Answer] = loop.create_future()
-            self._waiting[answer] = command
+            self._waiting[answer] = Waiting(command, answer, asking)
             if not self._busy:
                 # A task begins when the other tasks of this turn of the loop have had theirs.
                 self._go_on()
@@ -264,15 +280,15 @@ class Lane:
             finally:
                 self._waiting.pop(answer, None)
 
-    async def _ask_alone(self, command: AnyCommand) -> Answer:
+    async def _ask_alone(self, command: AnyCommand, *, asking: bool) -> Answer:
         """Ask in the caller's own task, which is faster if nobody else is waiting."""
         self._busy = True
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
             if await self._is_usable():
-                await self._run(Batch([Waiting(command, answer)]))
+                await self._run(Batch([Waiting(command, answer, asking)]))
             else:
-                self._waiting[answer] = command
+                self._waiting[answer] = Waiting(command, answer, asking)
         finally:
             # If the caller was cancelled, others may be left; or all were, with their event loop.
             if self._waiting and not all(other.done() for other in self._waiting):
@@ -313,8 +329,7 @@ class Lane:
                 self._next().answer.cancel()
 
     def _next(self) -> Waiting:
-        answer, command = self._waiting.popitem(last=False)
-        return Waiting(command, answer)
+        return self._waiting.popitem(last=False)[1]
 
     async def _send_all(self) -> None:
         """Send what is waiting, batch by batch, until nothing is."""
@@ -337,7 +352,7 @@ class Lane:
         members: list[Waiting] = []
         size = 0
         while self._waiting and len(members) < _BATCH_COMMANDS:
-            size += sum(map(len, next(iter(self._waiting.values())).args))
+            size += sum(map(len, next(iter(self._waiting.values())).command.args))
             if members and size > _BATCH_BYTES:
                 break
             waiting = self._next()

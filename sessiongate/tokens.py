@@ -15,15 +15,18 @@ SignKey = str | bytes
 # A key shorter than the hash is the weakest part of an HMAC: RFC 2104, section 3.
 STRONG_SIGN_KEY_BYTES = 32
 FINGERPRINT_BYTES = 16
+REALM_BYTES = 8
 
 # fullmatch and explicit classes: `$` would let a newline in, `\d` and `\w` Unicode.
-_match = re.compile(r"v1\.([A-Za-z0-9]{16})\.([0-9a-f]{64})").fullmatch
+_match_v1 = re.compile(r"v1\.([A-Za-z0-9]{16})\.([0-9a-f]{64})").fullmatch
+# 18 digits are a generation that no session lives to see, and fit into 64 bits.
+_match_v2 = re.compile(r"v2\.([A-Za-z0-9]{16})\.([1-9][0-9]{0,17})\.([0-9a-f]{64})").fullmatch
 
 
 class SignKeyRing:
     """The sign keys of a gate: the first one signs, all of them verify."""
 
-    __slots__ = ("_macs",)
+    __slots__ = ("_macs", "realms")
 
     def __init__(self, sign_key: SignKey | Sequence[SignKey]) -> None:
         keys = [sign_key] if isinstance(sign_key, str | bytes) else sign_key
@@ -35,33 +38,54 @@ class SignKeyRing:
         if not keys:
             raise ConfigurationError("sign_key is an empty list: give at least one sign key")
         self._macs = tuple(_Mac(_key_bytes(key)) for key in keys)
+        # What tells in Redis, of each sign key, that it signed: no message is spelt like this one.
+        self.realms = tuple(_fingerprint(mac(b"realm"))[:REALM_BYTES] for mac in self._macs)
 
     def __repr__(self) -> str:
         return f"<SignKeyRing of {len(self._macs)}>"
 
-    def sign(self, session_id: str) -> tuple[str, bytes]:
-        """The token of a session id, signed with the newest key, and its fingerprint."""
-        signature = self._macs[0](session_id.encode())
-        return f"v1.{session_id}.{signature.hex()}", _fingerprint(signature)
+    def sign(self, session_id: str, generation: int = 0) -> tuple[str, bytes]:
+        """The token of a session id, signed with the newest key, and its fingerprint.
 
-    def verify(self, token: str | bytes) -> tuple[str, bytes]:
-        """The session id in a genuine token, and the token's fingerprint.
+        Generation 0 is a session's first token, others are its successors.
+        """
+        return _signed(self._macs[0], session_id, generation)
+
+    def token_of(self, fingerprint: bytes, session_id: str, generation: int) -> str:
+        """The token of that fingerprint, which another process may have signed with another key.
+
+        Raises:
+            BadSignatureError: no key of the ring signed it.
+        """
+        for mac in self._macs:
+            # No token gets a name here: a traceback that shows local variables would hand it out.
+            if _signed(mac, session_id, generation)[1] == fingerprint:
+                return _signed(mac, session_id, generation)[0]
+        raise BadSignatureError
+
+    def verify(self, token: str | bytes) -> tuple[str, bytes, int]:
+        """The session id in a genuine token, the token's fingerprint and its generation.
 
         Raises:
             MalformedTokenError: it is not spelt as a token, or not a str or bytes at all.
             BadSignatureError: no key of the ring signed it.
         """
-        match = _match(token if isinstance(token, str) else _text(token))
-        if match is None:
+        text = token if isinstance(token, str) else _text(token)
+        if match := _match_v1(text):
+            session_id, signature = match.groups()
+            message, generation = session_id.encode(), 0
+        elif match := _match_v2(text):
+            session_id, digits, signature = match.groups()
+            generation = int(digits)
+            message = _message(session_id, generation)
+        else:
             raise MalformedTokenError
-        session_id, signature = match.groups()
         claimed = bytes.fromhex(signature)
-        message = session_id.encode()
         for mac in self._macs:
             # PyNaCl's sodium_memcmp does the same through cffi: 1.4 µs instead of 0.06. The genuine
             # signature gets no name: a traceback that shows local variables would hand it out.
             if hmac.compare_digest(mac(message), claimed):
-                return session_id, _fingerprint(claimed)
+                return session_id, _fingerprint(claimed), generation
         raise BadSignatureError
 
 
@@ -85,6 +109,18 @@ class _Mac:
         outer = self._outer.copy()
         outer.update(inner.digest())
         return outer.digest()
+
+
+def _message(session_id: str, generation: int) -> bytes:
+    """What is signed: of a first token its id, of others all that stands before the signature."""
+    return b"v2.%b.%d" % (session_id.encode(), generation) if generation else session_id.encode()
+
+
+def _signed(mac: _Mac, session_id: str, generation: int) -> tuple[str, bytes]:
+    message = _message(session_id, generation)
+    signature = mac(message)
+    head = message.decode() if generation else f"v1.{session_id}"
+    return f"{head}.{signature.hex()}", _fingerprint(signature)
 
 
 def _fingerprint(signature: bytes) -> bytes:

@@ -12,7 +12,7 @@ from copy import copy
 from redis import exceptions as redis_errors
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
-from .commands import CODES, Answer, AnyCommand, Refusal
+from .command import CODES, Answer, AnyCommand, Refusal
 
 ECHO_BYTES = 12
 

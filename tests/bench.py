@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
+from itertools import cycle, islice, starmap
 from pathlib import Path
 from secrets import token_hex
 from statistics import median
@@ -37,7 +37,8 @@ from redis.utils import HIREDIS_AVAILABLE
 
 import sessiongate
 from sessiongate import AsyncSessionGate, InvalidTokenError, SessionGate
-from sessiongate.commands import AnyCommand, Commands
+from sessiongate.command import AnyCommand, Command
+from sessiongate.commands import Commands
 from sessiongate.wire import new_echo, pack
 
 from .servers import Server, server_binaries
@@ -47,6 +48,9 @@ TTL = 3600
 NAME = "user"
 FIELD = ":user"
 DATA = b"x" * 30
+
+IDLE_TIMEOUT = 1800
+SCRIPTED = ("eval", "evalsha")
 
 # Operations, and the commands that would do their work if there were no sessions.
 PAIRS = (("pget", "hget"), ("pset", "hset"))
@@ -209,6 +213,74 @@ def _calls(
             goal=1.10,
             parts={f"{name}_us": rounds.median(name) for name in (operation, command)},
         )
+
+
+def lifetimes(bench: Bench) -> Iterator[Row]:
+    """What an idle timeout and a subject cost a call; a session that has neither pays nothing."""
+    with on_cores(bench.server, shared=True), bench.client() as client:
+        gate = SessionGate(client, sign_key=SIGN_KEY)
+        plain = gate.start(TTL, {NAME: DATA})
+        idle = gate.start(TTL, {NAME: DATA}, idle_timeout=IDLE_TIMEOUT)
+        reads = in_turns(
+            {
+                "idle": timed(lambda: gate.pget(idle, NAME)),
+                "plain": timed(lambda: gate.pget(plain, NAME)),
+            },
+            bench.times(400),
+        )
+        subjects = cycle([f"user{number:04}" for number in range(1000)])
+        starts = in_turns(
+            {
+                "subject": timed(lambda: gate.start(TTL, {NAME: DATA}, subject=next(subjects))),
+                "plain": timed(lambda: gate.start(TTL, {NAME: DATA})),
+            },
+            bench.times(200),
+        )
+        client.flushall()
+    for figure, rounds, kind, goal in (
+        ("pget with an idle timeout / without", reads, "idle", 1.10),
+        ("start with a subject / without", starts, "subject", 1.35),
+    ):
+        parts = {f"{name}_us": rounds.median(name) for name in (kind, "plain")}
+        yield Row(figure, rounds.ratio(kind, "plain"), goal, parts=parts)
+
+
+def many_sessions(bench: Bench) -> Iterator[Row]:
+    """Milliseconds of server time that a subject's many sessions take."""
+    with on_cores(bench.server, shared=False), bench.client() as client:
+        gate = SessionGate(client, sign_key=SIGN_KEY)
+
+        def spent(call: Callable[[], object]) -> float:
+            before = _script_ms(client)
+            call()
+            return _script_ms(client) - before
+
+        ended = []
+        for _ in range(bench.times(32)):
+            for _ in range(1000):
+                gate.start(TTL, {NAME: DATA}, subject="everywhere")
+            ended.append(spent(lambda: gate.end_all("everywhere")))
+        yield Row("end_all of 1,000 sessions", median(ended), goal=10, unit="ms")
+
+        expired = []
+        for _ in range(bench.times(8)):
+            # The last one keeps the index alive: else it would be gone by itself, at no cost.
+            gate.start(TTL, subject="gone")
+            index = client.keys("*subject*")[0]
+            entries = {f"{number:016}{number:016}": number + 1 for number in range(10_000)}
+            client.zadd(index, entries)  # as of sessions that ended in 1970
+            expired.append(spent(lambda: gate.sessions("gone")))
+            gate.end_all("gone")
+            if client.keys("*subject*"):
+                raise RuntimeError("the index outlived its sessions")
+        yield Row("sessions, 10,000 of them expired", median(expired), goal=5, unit="ms")
+        client.flushall()
+
+
+def _script_ms(client: Redis) -> float:
+    """What the server has spent in scripts, in ms."""
+    spent = client.info("commandstats")
+    return sum(float(spent.get(f"cmdstat_{name}", {}).get("usec", 0)) for name in SCRIPTED) / 1000
 
 
 def async_calls(bench: Bench) -> Iterator[Row]:
@@ -411,12 +483,25 @@ def _requests_of_each(gate: SessionGate) -> dict[str, int]:
         nonlocal token
         token = gate.start(TTL)
 
+    def renew() -> None:
+        nonlocal token
+        token = gate.renew(token)
+
     operations: dict[str, Callable[[], object]] = {
         "start": start,
         "expire": lambda: gate.expire(token, TTL),
+        "touch": lambda: gate.touch(token),
+        "info": lambda: gate.info(token),
+        "renew": renew,
         "pset": lambda: gate.pset(token, NAME, DATA),
+        "pset ttl": lambda: gate.pset(token, NAME, DATA, ttl=TTL),
+        "pset_many": lambda: gate.pset_many(token, {NAME: DATA}),
         "pget": lambda: gate.pget(token, NAME),
+        "pget_many": lambda: gate.pget_many(token, [NAME]),
+        "pall": lambda: gate.pall(token),
         "pdel": lambda: gate.pdel(token, NAME),
+        "pincr": lambda: gate.pincr(token, NAME),
+        "ppop": lambda: gate.ppop(token, NAME),
         "end": lambda: gate.end(token),
     }
     counts = {}
@@ -526,24 +611,38 @@ def memory(bench: Bench) -> Iterator[Row]:
     with bench.client() as client:
         gate = SessionGate(client, sign_key=SIGN_KEY)
         gate.start(TTL)
+        make = commands_of(gate)
         for payload_bytes, goal in (0, 190), (30, 240), (88, 510):
-            client.flushall()
-            before = _settled_memory(client)
-            _load(bench.server, commands_of(gate), sessions, payload_bytes)
-            if client.dbsize() != sessions:
-                raise RuntimeError("sessions were refused: what they take cannot be told")
-            measured = (_settled_memory(client) - before) / sessions
+            payloads = {NAME: b"x" * payload_bytes} if payload_bytes else None
+            starts = starmap(make.start, [(TTL, payloads)] * sessions)
+            measured = _taken(bench.server, client, starts)
             what = f"a payload of {payload_bytes} B" if payload_bytes else "no payload"
             yield Row(f"memory of a session, {what}", measured, goal, unit="B")
+
+        payloads = {NAME: DATA}
+        plain = _taken(bench.server, client, starmap(make.start, [(TTL, payloads)] * sessions))
+        # A subject with a single session has an index for it alone: that is not held to the goal.
+        for each in 10, 2, 1:
+            users = (f"user{number // each:06}" for number in range(sessions))
+            owned = (make.start(TTL, payloads, user, IDLE_TIMEOUT) for user in users)
+            measured = _taken(bench.server, client, owned) - plain
+            what = f"subject, idle timeout, index: {each} a subject"
+            yield Row(what, measured, 160 if each > 1 else None, unit="B")
         client.flushall()
 
 
-def _load(server: Server, commands: Commands, sessions: int, payload_bytes: int) -> None:
-    payloads = {NAME: b"x" * payload_bytes} if payload_bytes else None
-    requests = (request(commands.start(TTL, payloads)) for _ in range(sessions))
+def _taken(server: Server, client: Redis, starts: Iterator[Command[str]]) -> float:
+    """Bytes of server memory that a session takes, of those that the commands start."""
+    client.flushall()
+    before = _settled_memory(client)
+    sessions = 0
     with connected(server) as sock:
-        while batch := b"".join(islice(requests, 1000)):
-            replies(sock, batch)
+        while batch := list(islice(starts, 1000)):
+            replies(sock, b"".join(map(request, batch)))
+            sessions += len(batch)
+    if len(client.keys("*[^:]:{*")) < sessions:
+        raise RuntimeError("sessions were refused: what they take cannot be told")
+    return (_settled_memory(client) - before) / sessions
 
 
 def _settled_memory(client: Redis) -> int:
@@ -586,6 +685,8 @@ FIGURES: Sequence[Callable[[Bench], Iterator[Row]]] = (
     calls,
     calls_to_another_core,
     pure_python_calls,
+    lifetimes,
+    many_sessions,
     async_calls,
     uvloop_calls,
     unbatched_calls,

@@ -1,4 +1,4 @@
-"""Fixtures: every server found, memory beside them, and gates of both kinds on each."""
+"""Fixtures: memory, every server found and a cluster, and gates of both kinds on each."""
 
 import asyncio
 import inspect
@@ -8,29 +8,49 @@ from typing import Self, cast
 
 import pytest
 from fakeredis import FakeAsyncRedis, FakeRedis, FakeServer
-from redis import Redis
+from redis import ConnectionPool, Redis, RedisCluster
 from redis import asyncio as redis_asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 
 from sessiongate import AsyncSessionGate, SessionGate
 
-from .servers import NO_RETRY, Server, server_binaries
+from .servers import NO_RETRY, Cluster, Server, server_binaries
 
 SIGN_KEY = "a sign key of the tests, 32 bytes and more"
 
-_BINARIES = server_binaries()
-_running: dict[str, Server] = {}
 
-AnyClient = Redis | redis_asyncio.Redis
+def _version(name: str) -> list[int]:
+    return [int(part) for part in name.rpartition("-")[2].split(".") if part.isdecimal()]
+
+
+_BINARIES = server_binaries()
+_running: dict[str, Server | Cluster] = {}
+
+# What the clusters are made of: Redis 7 if there is one, else the newest.
+CLUSTERED = max(_BINARIES, key=lambda name: ("redis-7" in name, _version(name)), default="")
+
+AnyClient = Redis | redis_asyncio.Redis | RedisCluster | redis_asyncio.RedisCluster
 Key = str | bytes | list[str | bytes]
 
 
 @cache
 def running(name: str) -> Server:
     """The suite's server of that name, started at its first use."""
-    _running[name] = Server(_BINARIES[name])
-    return _running[name]
+    server = _running[name] = Server(_BINARIES[name])
+    return server
+
+
+def new_cluster(replicas: int = 0) -> Cluster:
+    """A cluster of three primaries."""
+    return Cluster(_BINARIES[CLUSTERED], replicas)
+
+
+@cache
+def running_cluster() -> Cluster:
+    """The suite's cluster, started at its first use. A test leaves its slots where they are."""
+    cluster = _running["cluster"] = new_cluster()
+    return cluster
 
 
 def pytest_sessionfinish() -> None:
@@ -45,6 +65,7 @@ class Flavour:
     """
 
     def __init__(self, name: str) -> None:
+        self.name = name
         self.is_async = name != "sync"
         self._auto_pipeline = name == "async"
         self.no_retry = AsyncRetry(NoBackoff(), 0) if self.is_async else NO_RETRY
@@ -60,6 +81,17 @@ class Flavour:
         )
         return client
 
+    def cluster_client(self, cluster: Cluster, **options: object) -> AnyClient:
+        """A cluster client as an application has it, with options of redis-py."""
+        kind = redis_asyncio.RedisCluster if self.is_async else RedisCluster
+        client: RedisCluster | redis_asyncio.RedisCluster = kind(
+            host="127.0.0.1",
+            port=cluster.port,
+            **{"protocol": 2, **options},  # type: ignore[arg-type]  # likewise
+        )
+        self._close.append(client.close if isinstance(client, RedisCluster) else client.aclose)
+        return client
+
     def memory(self, server: FakeServer, **options: object) -> AnyClient:
         """A client of fakeredis."""
         kind = FakeAsyncRedis if self.is_async else FakeRedis
@@ -67,7 +99,7 @@ class Flavour:
 
     def gate(self, client: AnyClient, sign_key: Key = SIGN_KEY, **options: object) -> SessionGate:
         """A gate on that client."""
-        if isinstance(client, Redis):
+        if isinstance(client, Redis | RedisCluster):
             return SessionGate(client, sign_key=sign_key, **options)  # type: ignore[arg-type]  # options are the gate's own
         options.setdefault("auto_pipeline", self._auto_pipeline)
         gate = AsyncSessionGate(client, sign_key=sign_key, **options)  # type: ignore[arg-type]  # likewise
@@ -91,12 +123,20 @@ class Flavour:
         for close in reversed(self._close):
             closing = close()
             if inspect.isawaitable(closing):
-                self.runner.run(_awaited(closing))
+                self.runner.run(awaited(closing))
         self.runner.close()
 
 
-async def _awaited(awaitable: object) -> None:
-    await awaitable  # type: ignore[misc]  # it is
+async def awaited(awaitable: object) -> object:
+    """For a runner, which takes coroutines only."""
+    return await awaitable  # type: ignore[misc]  # it is awaitable
+
+
+def pool_of(client: AnyClient) -> ConnectionPool:
+    """The pool of a client that has one, as cluster clients do not."""
+    assert isinstance(client, Redis | redis_asyncio.Redis)
+    # An asynchronous one has all that the tests look at.
+    return cast("ConnectionPool", client.connection_pool)
 
 
 class Blocking:
@@ -123,21 +163,32 @@ class Blocking:
 
 
 class Backend:
-    """Where sessions are kept, a server or fakeredis in the process, and the kind of its gates."""
+    """Where sessions are kept, and the kind of its gates.
 
-    def __init__(self, server: Server | None, flavour: Flavour) -> None:
+    That is a server, a cluster (`server` is one of it) or fakeredis in the process (`server` is
+    None).
+    """
+
+    def __init__(
+        self, server: Server | None, flavour: Flavour, cluster: Cluster | None = None
+    ) -> None:
         self.server = server
+        self.cluster = cluster
         self.flavour = flavour
         self._memory = FakeServer()
 
     def client(self) -> Redis:
         """A client to look into the backend with."""
+        if self.cluster is not None:
+            return self.cluster.client()
         if self.server is None:
             return FakeRedis(server=self._memory, protocol=2)
         return Redis(port=self.server.port, protocol=2)
 
     def gates_client(self, **options: object) -> AnyClient:
         """A client for a gate, with options of redis-py."""
+        if self.cluster is not None:
+            return self.flavour.cluster_client(self.cluster, **options)
         if self.server is None:
             return self.flavour.memory(self._memory, **options)
         return self.flavour.client(self.server.port, **options)
@@ -158,11 +209,15 @@ def flavour(request: pytest.FixtureRequest) -> Iterator[Flavour]:
     flavour.close()
 
 
-@pytest.fixture(params=["memory", *_BINARIES])
+@pytest.fixture(params=["memory", *_BINARIES, "cluster"] if _BINARIES else ["memory"])
 def backend(request: pytest.FixtureRequest, flavour: Flavour) -> Backend:
-    """Memory and every server, empty, with gates of both kinds."""
+    """Memory, every server and a cluster, empty, with gates of both kinds."""
     if request.param == "memory":
         return Backend(None, flavour)
+    if request.param == "cluster":
+        cluster = running_cluster()
+        cluster.flushall()
+        return Backend(cluster.servers[0], flavour, cluster)
     return Backend(_emptied(running(request.param)), flavour)
 
 
@@ -181,7 +236,7 @@ def own_server(server: Server) -> Iterator[Server]:
 
 @pytest.fixture
 def gate(backend: Backend) -> SessionGate:
-    """A gate of both kinds on memory and on every server."""
+    """A gate of both kinds on memory, on every server and on a cluster."""
     return backend.gate()
 
 

@@ -378,6 +378,7 @@ async def test_a_storm_of_cancellations_without_a_pipeline(server: Server) -> No
     """The same holds when each operation takes a connection of the pool."""
     async with gate_on(server.port, auto_pipeline=False) as gate:
         assert await storm(gate, 2_000, 16) > 100
+        assert isinstance(gate._client, Redis)
         pool = gate._client.connection_pool
         assert not pool._in_use_connections
         assert connections(server) < 40

@@ -28,15 +28,20 @@ from sessiongate import (
     GateClosedError,
     IdTakenError,
     MalformedTokenError,
+    PayloadConflictError,
     PayloadNotFoundError,
+    PayloadOverflowError,
+    PayloadTypeError,
     SessionGate,
     SessionGateError,
     SessionNotFoundError,
+    TooManySessionsError,
 )
 from sessiongate.arguments import data_arg, field_arg, payloads_arg, ttl_arg
 from sessiongate.connect import async_client_from_url, client_from_url
 from sessiongate.keyspace import Keyspace
 
+from .conftest import pool_of
 from .servers import NO_RETRY
 
 KEY = "k" * 32
@@ -407,6 +412,10 @@ def test_a_closed_gate_says_so() -> None:
         lambda: gate.start(300),
         lambda: gate.pget(token, "user"),
         lambda: gate.end(token),
+        lambda: gate.start(300, subject="alice"),
+        lambda: gate.renew(token, subject="alice"),
+        lambda: gate.sessions("alice"),
+        lambda: gate.end_all("alice"),
     ):
         with pytest.raises(GateClosedError, match="closed"):
             call()
@@ -427,7 +436,7 @@ def test_closing_a_gate_closes_its_own_connections() -> None:
     """The connections of a gate from a URL are closed with it."""
     gate = SessionGate.from_url("memory://", sign_key=KEY)
     gate.start(300)
-    (connection,) = gate._client.connection_pool._available_connections
+    (connection,) = pool_of(gate._client)._available_connections
     gate.close()
     assert connection._sock is None
 
@@ -455,23 +464,38 @@ def test_the_tree_of_errors() -> None:
     assert issubclass(ArgumentError, ValueError)
     assert issubclass(ConfigurationError, ValueError)
     assert issubclass(PayloadNotFoundError, LookupError)
+    assert issubclass(PayloadOverflowError, PayloadTypeError)
+    assert issubclass(PayloadOverflowError, OverflowError)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MalformedTokenError(),
-        BadSignatureError(),
-        SessionNotFoundError("A" * 16),
-        PayloadNotFoundError("user"),
-        ArgumentError("x"),
-        ConfigurationError("x"),
-        GateClosedError(),
-        EventLoopError(),
-        IdTakenError(),
-    ],
-    ids=repr,
-)
+ERRORS: list[SessionGateError] = [
+    MalformedTokenError(),
+    BadSignatureError(),
+    SessionNotFoundError("A" * 16),
+    PayloadNotFoundError("user"),
+    PayloadConflictError("user"),
+    PayloadTypeError("user"),
+    PayloadOverflowError("user"),
+    TooManySessionsError(),
+    ArgumentError("x"),
+    ConfigurationError("x"),
+    GateClosedError(),
+    EventLoopError(),
+    IdTakenError(),
+]
+
+
+def test_every_error_is_pickled_below() -> None:
+    """No error but the abstract ones is left out of the list that is pickled."""
+    concrete = {
+        value.__name__
+        for value in vars(sessiongate).values()
+        if isinstance(value, type) and issubclass(value, SessionGateError)
+    } - {"SessionGateError", "InvalidSessionError", "InvalidTokenError"}
+    assert {type(error).__name__ for error in ERRORS} == concrete
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_errors_survive_pickling(error: SessionGateError) -> None:
     """An error can be sent between processes, attributes included."""
     copy = pickle.loads(pickle.dumps(error))

@@ -16,7 +16,7 @@ from redis.cache import CacheConfig
 
 from sessiongate import PayloadNotFoundError, SessionGate, SessionNotFoundError
 
-from .conftest import SIGN_KEY, Backend, Flavour
+from .conftest import SIGN_KEY, Backend, Flavour, pool_of
 from .servers import NO_RETRY, Server, free_port
 
 BINARY = bytes(range(256))
@@ -54,6 +54,8 @@ def tour(gate: SessionGate) -> None:
 )
 def test_clients_as_applications_have_them(backend: Backend, options: dict[str, object]) -> None:
     """Data is bytes, and errors are ours, whatever the client decodes, speaks or pools."""
+    if backend.cluster and {"db", "single_connection_client", "encoding"} & options.keys():
+        pytest.skip("redis-py's cluster client has no such option, or fails with it")
     if options.get("protocol") == 3 and backend.server and not speaks_resp3(backend.server):
         pytest.skip("redis-py speaks RESP3 with Redis 6 and later only")
     if "health_check_interval" in options and backend.server is None and backend.flavour.is_async:
@@ -182,7 +184,7 @@ def test_threads_share_a_gate(threads_gate: SessionGate) -> None:
 def test_more_calls_at_once_than_redis_pys_pool_allows(server: Server) -> None:
     """A gate from a URL goes beyond the 100 connections of redis-py's own pool."""
     with SessionGate.from_url(server.url, sign_key=SIGN_KEY) as gate:
-        pool = gate._client.connection_pool
+        pool = pool_of(gate._client)
         held = [pool.get_connection() for _ in range(120)]
         tour(gate)
         for connection in held:
@@ -208,18 +210,16 @@ def test_one_payload_under_contention(threads_gate: SessionGate) -> None:
 
 FORKS = textwrap.dedent("""
     import os, sys
-    from redis import Redis
+    from redis import Redis, RedisCluster
     from sessiongate import SessionGate
 
-    gate = SessionGate(
-        Redis(
-            port=int(sys.argv[1]),
-            protocol=2,
-            socket_timeout=0.5,  # a reply that another process took never comes
-            single_connection_client=sys.argv[2] == "single",
-        ),
-        sign_key="k" * 32,
-    )
+    # A reply that another process took never comes.
+    options = {"host": "127.0.0.1", "port": int(sys.argv[1]), "protocol": 2, "socket_timeout": 0.5}
+    if sys.argv[2] == "cluster":
+        client = RedisCluster(**options)
+    else:
+        client = Redis(**options, single_connection_client=sys.argv[2] == "single")
+    gate = SessionGate(client, sign_key="k" * 32)
     tokens = {n: gate.start(300, {"user": f"{n}"}) for n in range(4)}
     children = []
     wrong = lost = 0
@@ -246,8 +246,12 @@ FORKS = textwrap.dedent("""
 @pytest.mark.parametrize("pooling", ["pool", "single"])
 def test_a_gate_survives_a_fork(server: Server, pooling: str) -> None:
     """After a fork parent and children go on with one gate, and none sees another's reply."""
+    survive_forks(server.port, pooling)
+
+
+def survive_forks(port: int, pooling: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FORKS, str(server.port), pooling],
+        [sys.executable, "-c", FORKS, str(port), pooling],
         capture_output=True,
         text=True,
         timeout=60,

@@ -76,7 +76,7 @@ def test_every_code_block_of_a_page_is_true(path: Path, server: Server) -> None:
         "```sh\npip install session-gate\n```\n",
         '```sh\npip install "sessiongate[nothing]"\n```\n',
         "```lua\nreturn 42\n```\n",
-        "```lua\n-- Errors: NOSESSION.\n```\n",
+        "```lua\n-- Errors: NOTHING.\n```\n",
         '```redis\n> EXISTS "a"\n(integer) 1\n```\n',
         '```redis\n> EXISTS "a"\n```\n',
         '```redis\n(integer) 0\n> EXISTS "a"\n```\n',
@@ -119,8 +119,8 @@ def test_a_page_that_is_true_passes(server: Server) -> None:
     make bench ... bench.json
     ```
     ```lua
-    if not found[2] then return redis.error_reply('NOPAYLOAD ' .. echo) end
-    return echo .. found[2]
+    if not data then return redis.error_reply('NOPAYLOAD ' .. echo) end
+    return echo .. data
     ```
     ```redis
     > HSET a field "\\xff\\n\\"'\\\\ x"

@@ -1,148 +1,626 @@
 """A model of sessions and payloads: whatever the calls, a gate does what a dictionary would."""
 
+import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime
+from time import time
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
     initialize,
     invariant,
     rule,
     run_state_machine_as_test,
 )
+from redis import Redis
 
-from sessiongate import PayloadNotFoundError, SessionGate, SessionNotFoundError
+from sessiongate import (
+    PayloadConflictError,
+    PayloadNotFoundError,
+    PayloadOverflowError,
+    PayloadTypeError,
+    SessionGate,
+    SessionInfo,
+    SessionNotFoundError,
+    TooManySessionsError,
+)
 
-from .conftest import Backend
+from .conftest import AnyClient, Backend
 
+# Some few, so that an operation meets what another one left; and names of our own fields.
 names = st.one_of(
-    st.sampled_from(["user", "cart", "fp", ":fp", "ends"]),
+    st.just("cart"),
+    st.sampled_from(["user", "cart", "visits"]),
+    st.sampled_from(["user", "cart", "fp", ":fp", ";fp", "old", "sub", "gen", "sum"]),
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50),
 )
 datas = st.one_of(
+    st.sampled_from([b"0", b"41", b"-7", b"9223372036854775807", b"1.5"]),
     st.binary(min_size=1, max_size=70),
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
     st.sampled_from([64, 65, 70_000]).map(lambda size: b"x" * size),
 )
-ttls = st.sampled_from([0, 60, 3_600])
+mappings = st.dictionaries(names, datas, max_size=4)
+ttls = st.sampled_from([60, 3_600, 3_601, 0])
+idle_timeouts = st.sampled_from([None, 30, 7_200])
+# A grace of some seconds might end in the middle of an example.
+graces = st.sampled_from([0, 600])
+payload_ttls = st.sampled_from([None, 0, 900])
+SUBJECTS = ["alice", "{%}é"]
+subjects = st.sampled_from(SUBJECTS)
+whiches = st.integers(0, 1)
+
 KEYS = ["one sign key, of thirty-two bytes", "another key, of thirty-two bytes"]
+LIMIT = 2
+# Of each sign key a gate without a limit, one that evicts and one that rejects.
+POLICIES: dict[str, dict[str, object]] = {
+    "any number": {},
+    "evict": {"max_sessions": LIMIT, "on_overflow": "evict"},
+    "reject": {"max_sessions": LIMIT, "on_overflow": "reject"},
+}
+policies = st.sampled_from(list(POLICIES))
+
+# Of all tokens there ever were most are soon dead: three times of four it is a good one.
+tokens = st.runner().flatmap(
+    lambda model: st.one_of(
+        *[st.sampled_from(model.good_tokens() or model.tokens)] * 3, st.sampled_from(model.tokens)
+    )
+)
+
+MAX_PREDECESSORS = 16
+CLOCK_SLACK = 1.0
 
 
 def raw(data: bytes | str) -> bytes:
     return data.encode() if isinstance(data, str) else data
 
 
+def counted(data: bytes) -> int | None:
+    """The number that a counter holds; None if it is no counter."""
+    if re.fullmatch(rb"0|-?[1-9][0-9]{0,18}", data) and -(2**63) <= int(data) < 2**63:
+        return int(data)
+    return None
+
+
+@dataclass
+class Span:
+    """A moment that is known to lie between two."""
+
+    first: float
+    last: float
+
+    def after(self, seconds: int) -> "Span":
+        return Span(self.first + seconds, self.last + seconds)
+
+
+@dataclass
+class Session:
+    """What the model knows of a live session."""
+
+    which: int
+    token: str
+    number: int
+    created: Span
+    ends: Span
+    # When its idle timeout began anew, at the earliest.
+    used: Span
+    idle_timeout: int | None
+    subject: str | None
+    payloads: dict[str, bytes]
+    timed: set[str] = field(default_factory=set)
+    generation: int = 0
+    created_at: datetime | None = None
+    # The tokens before this one, under the same id, and whether they have a grace.
+    predecessors: list[tuple[str, bool]] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        return self.token[3:19]
+
+    @property
+    def key(self) -> bytes:
+        return f"sg-session:{{{self.id}}}".encode()
+
+    def good_tokens(self) -> list[str]:
+        """Those that open it, the oldest first."""
+        recent = self.predecessors[-MAX_PREDECESSORS:]
+        return [*(token for token, has_grace in recent if has_grace), self.token]
+
+
 class Sessions(RuleBasedStateMachine):
-    """Two gates with keys of their own on one store, and dictionaries that say what they hold."""
+    """Gates of two sign keys on one store, and dictionaries that say what they hold."""
 
     backend: Backend
-
-    tokens = Bundle("tokens")
+    clients: list[Redis]
+    gates: dict[tuple[int, str], SessionGate]
 
     @initialize()
     def empty(self) -> None:
-        self.client = self.backend.client()
-        self.client.flushall()
-        self.gates = [self.backend.gate(key) for key in KEYS]
-        self.live: dict[str, dict[str, bytes]] = {}
-        self.owner: dict[str, SessionGate] = {}
+        for client in self.clients:
+            client.flushall()
+        self.live: list[Session] = []
+        self.tokens: list[str] = []
+        self.owner: dict[str, int] = {}
+        self.was_listed: dict[str, set[str]] = {}
+        self.started = 0
+        for which in range(len(KEYS)):
+            for subject in [None, *SUBJECTS, *SUBJECTS]:
+                self.start((which, "any number"), 3_600, {"cart": "[]"}, subject, None)
+
+    # Lifetime
 
     @rule(
-        target=tokens,
-        which=st.integers(0, 1),
+        at=st.tuples(whiches, policies),
         ttl=ttls,
-        payloads=st.dictionaries(names, datas, max_size=4),
+        payloads=mappings,
+        subject=st.none() | subjects,
+        idle_timeout=idle_timeouts,
     )
-    def start(self, which: int, ttl: int, payloads: dict[str, bytes | str]) -> str:
-        token = self.gates[which].start(ttl, payloads)
-        assert token not in self.owner
-        self.owner[token] = self.gates[which]
+    def start(
+        self,
+        at: tuple[int, str],
+        ttl: int,
+        payloads: dict[str, bytes | str],
+        subject: str | None,
+        idle_timeout: int | None,
+    ) -> None:
+        which, policy = at
+        gate = self.gates[at]
+        before = time()
+        if ttl and subject and self.must_reject(which, policy, subject):
+            with pytest.raises(TooManySessionsError):
+                gate.start(ttl, payloads, subject=subject, idle_timeout=idle_timeout)
+            return
+        token = gate.start(ttl, payloads, subject=subject, idle_timeout=idle_timeout)
+        self.know(token, which)
         if ttl:
-            self.live[token] = {name: raw(data) for name, data in payloads.items()}
-        return token
+            if subject:
+                self.evict(which, policy, subject)
+            self.started += 1
+            now = Span(before, time())
+            held = {name: raw(data) for name, data in payloads.items()}
+            self.join(
+                Session(
+                    which=which,
+                    token=token,
+                    number=self.started,
+                    created=now,
+                    ends=now.after(ttl),
+                    used=now,
+                    idle_timeout=idle_timeout,
+                    subject=subject,
+                    payloads=held,
+                )
+            )
 
-    @rule(token=tokens, name=names, data=datas)
-    def pset(self, token: str, name: str, data: bytes | str) -> None:
+    @rule(token=tokens)
+    def touch(self, token: str) -> None:
         with self.expected(token):
-            self.owner[token].pset(token, name, data)
-            self.live[token][name] = raw(data)
+            self.gate_of(token).touch(token)
 
-    @rule(token=tokens, name=names)
-    def pget(self, token: str, name: str) -> None:
-        with self.expected(token, name):
-            assert self.owner[token].pget(token, name) == self.live[token][name]
-
-    @rule(token=tokens, name=names)
-    def pdel(self, token: str, name: str) -> None:
-        with self.expected(token, name):
-            self.owner[token].pdel(token, name)
-            del self.live[token][name]
+    @rule(token=tokens)
+    def info(self, token: str) -> None:
+        with self.expected(token):
+            info = self.gate_of(token).info(token)
+            self.check_info(info, self.opened_by(token))
 
     @rule(token=tokens, ttl=ttls)
     def expire(self, token: str, ttl: int) -> None:
+        before = time()
         with self.expected(token):
-            self.owner[token].expire(token, ttl)
+            self.gate_of(token).expire(token, ttl)
+            session = self.opened_by(token)
+            session.used = Span(before, time())
+            session.ends = session.used.after(ttl)
             if not ttl:
-                del self.live[token]
+                self.live.remove(session)
 
     @rule(token=tokens)
     def end(self, token: str) -> None:
         with self.expected(token):
-            self.owner[token].end(token)
-            del self.live[token]
+            self.gate_of(token).end(token)
+            self.live.remove(self.opened_by(token))
+
+    # Renewal
+
+    @rule(token=tokens, grace=graces)
+    def renew(self, token: str, grace: int) -> None:
+        with self.expected(token):
+            renewed = self.gate_of(token).renew(token, grace=grace)
+            session = self.opened_by(token)
+            good = session.good_tokens()
+            if token == session.token:
+                self.know(renewed, session.which)
+                session.predecessors.append((token, grace > 0))
+                session.token = renewed
+                session.generation += 1
+            else:
+                assert renewed == good[good.index(token) + 1]
+
+    @rule(token=tokens, policy=policies, subject=subjects)
+    def adopt(self, token: str, policy: str, subject: str) -> None:
+        """It signs in: a new id, a new token, and the old ones are dead."""
+        session = self.opens(token)
+        gate = self.gate_of(token, policy)
+        if session and self.must_reject(session.which, policy, subject, session):
+            with pytest.raises(TooManySessionsError):
+                gate.renew(token, subject=subject)
+            return
+        with self.expected(token):
+            renewed = gate.renew(token, subject=subject)
+            session = self.opened_by(token)
+            assert renewed[3:19] != session.id
+            self.evict(session.which, policy, subject, session)
+            self.live.remove(session)
+            self.know(renewed, session.which)
+            # Of which token it is the successor is what a token tells.
+            version, _, generation, *_ = token.split(".")
+            session.generation = int(generation) + 1 if version == "v2" else 1
+            session.token, session.subject, session.predecessors = renewed, subject, []
+            self.join(session)
+
+    # A user's sessions
+
+    @rule(which=whiches, policy=policies, subject=subjects)
+    def sessions(self, which: int, policy: str, subject: str) -> None:
+        infos = self.gates[which, policy].sessions(subject)
+        theirs = self.sessions_of(which, subject)
+        assert [info.id for info in infos] == [session.id for session in theirs]
+        for info, session in zip(infos, theirs, strict=True):
+            self.check_info(info, session)
+        self.forget_ended(subject)
+
+    @rule(which=whiches, policy=policies, subject=subjects, token=st.none() | tokens)
+    def end_all(self, which: int, policy: str, subject: str, token: str | None) -> None:
+        keep = token if token and self.owner[token] == which else None
+        theirs = self.sessions_of(which, subject)
+        ending = [session for session in theirs if not keep or session.id != keep[3:19]]
+        assert self.gates[which, policy].end_all(subject, keep=keep) == len(ending)
+        for session in ending:
+            self.live.remove(session)
+        self.forget_ended(subject)
+
+    @rule(which=whiches, subject=subjects, token=tokens)
+    def end_one(self, which: int, subject: str, token: str) -> None:
+        gate = self.gates[which, "any number"]
+        for session in self.sessions_of(which, subject):
+            if session.id == token[3:19]:
+                gate.end_one(subject, session.id)
+                self.live.remove(session)
+                return
+        with pytest.raises(SessionNotFoundError):
+            gate.end_one(subject, token[3:19])
+
+    # Payloads
+
+    @rule(token=tokens, name=names, data=datas, ttl=payload_ttls)
+    def pset(self, token: str, name: str, data: bytes | str, ttl: int | None) -> None:
+        with self.expected(token):
+            self.gate_of(token).pset(token, name, data, ttl=ttl)
+            self.store(token, name, data, ttl)
+
+    @rule(token=tokens, name=names, data=datas, ttl=payload_ttls)
+    def pset_if_absent(self, token: str, name: str, data: bytes | str, ttl: int | None) -> None:
+        session = self.opens(token)
+        conflict = session and name in session.payloads
+        with pytest.raises(PayloadConflictError) if conflict else self.expected(token):
+            self.gate_of(token).pset(token, name, data, if_absent=True, ttl=ttl)
+            self.store(token, name, data, ttl)
+
+    @rule(token=tokens, name=names, data=datas, ttl=payload_ttls, guess=st.none() | datas)
+    def pset_if_match(
+        self, token: str, name: str, data: bytes | str, ttl: int | None, guess: bytes | str | None
+    ) -> None:
+        session = self.opens(token)
+        held = session.payloads.get(name) if session else None
+        match = guess or held or b"nothing"
+        conflict = session and held != raw(match)
+        with pytest.raises(PayloadConflictError) if conflict else self.expected(token):
+            self.gate_of(token).pset(token, name, data, if_match=match, ttl=ttl)
+            self.store(token, name, data, ttl)
+
+    @rule(token=tokens, payloads=mappings)
+    def pset_many(self, token: str, payloads: dict[str, bytes | str]) -> None:
+        with self.expected(token):
+            self.gate_of(token).pset_many(token, payloads)
+            for name, data in payloads.items():
+                self.store(token, name, data, None)
+
+    @rule(token=tokens, name=names)
+    def pget(self, token: str, name: str) -> None:
+        with self.expected(token, name):
+            data = self.gate_of(token).pget(token, name)
+            assert data == self.opened_by(token).payloads[name]
+
+    @rule(token=tokens, asked=st.lists(names, max_size=4))
+    def pget_many(self, token: str, asked: list[str]) -> None:
+        with self.expected(token):
+            found = self.gate_of(token).pget_many(token, asked)
+            held = self.opened_by(token).payloads
+            assert found == {name: held[name] for name in asked if name in held}
+
+    @rule(token=tokens)
+    def pall(self, token: str) -> None:
+        with self.expected(token):
+            assert self.gate_of(token).pall(token) == self.opened_by(token).payloads
+
+    @rule(token=tokens, name=names)
+    def pdel(self, token: str, name: str) -> None:
+        with self.expected(token, name):
+            self.gate_of(token).pdel(token, name)
+            self.drop(token, name)
+
+    @rule(token=tokens, name=names)
+    def ppop(self, token: str, name: str) -> None:
+        with self.expected(token, name):
+            data = self.gate_of(token).ppop(token, name)
+            assert data == self.opened_by(token).payloads[name]
+            self.drop(token, name)
+
+    @rule(token=tokens, name=names, by=st.sampled_from([1, -3, 0, 2**63 - 1, -(2**63)]))
+    def pincr(self, token: str, name: str, by: int) -> None:
+        session = self.opens(token)
+        held = session.payloads.get(name, b"0") if session else b"0"
+        before = counted(held)
+        if before is None and self.backend.server is None and re.fullmatch(rb"[\s\d+_-]+", held):
+            return  # fakeredis takes "007" for a number, as Python does
+        if before is None:
+            expected: AbstractContextManager[object] = pytest.raises(PayloadTypeError)
+        elif not -(2**63) <= before + by < 2**63:
+            expected = pytest.raises(PayloadOverflowError)
+        else:
+            expected = self.expected(token)
+        with expected:
+            total = self.gate_of(token).pincr(token, name, by)
+            assert before is not None
+            assert total == before + by
+            self.opened_by(token).payloads[name] = b"%d" % total
+
+    # Around them
 
     @rule(token=tokens)
     def guess(self, token: str) -> None:
-        """The other gate signs the same id, and finds nothing there."""
-        other = self.gates[self.owner[token] is self.gates[0]]
+        """The other sign key signs the same id, and finds nothing there."""
+        other = self.gates[1 - self.owner[token], "any number"]
         guessed = other._commands._ring.sign(token[3:19])[0]
         with pytest.raises(SessionNotFoundError):
             other.pget(guessed, "user")
+        with pytest.raises(SessionNotFoundError):
+            other.renew(guessed)
+        with pytest.raises(SessionNotFoundError):
+            other.renew(guessed, subject="alice")
         with pytest.raises(SessionNotFoundError):
             other.end(guessed)
 
     @rule()
     def forget_scripts(self) -> None:
-        self.client.script_flush()
+        for client in self.clients:
+            client.script_flush()
 
-    def expected(
-        self, token: str, name: str | None = None
-    ) -> "pytest.RaisesExc[Exception] | _Nothing":
+    # What the model knows
+
+    def know(self, token: str, which: int) -> None:
+        assert token not in self.owner
+        self.tokens.append(token)
+        self.owner[token] = which
+
+    def good_tokens(self) -> list[str]:
+        """All that open a session."""
+        return [token for session in self.live for token in session.good_tokens()]
+
+    def gate_of(self, token: str, policy: str = "any number") -> SessionGate:
+        return self.gates[self.owner[token], policy]
+
+    def opens(self, token: str) -> Session | None:
+        """The session that a token opens."""
+        found = [session for session in self.live if token in session.good_tokens()]
+        assert len(found) <= 1
+        return found[0] if found else None
+
+    def opened_by(self, token: str) -> Session:
+        session = self.opens(token)
+        assert session is not None
+        return session
+
+    def sessions_of(self, which: int, subject: str) -> list[Session]:
+        """The live sessions of a subject that one of the sign keys opened, the oldest first."""
+        theirs = [one for one in self.live if one.which == which and one.subject == subject]
+        return sorted(theirs, key=lambda session: session.number)
+
+    def others_at_the_limit(
+        self, which: int, subject: str, joining: Session | None
+    ) -> list[Session]:
+        """Those that are too many for one more, the oldest first."""
+        theirs = [one for one in self.sessions_of(which, subject) if one is not joining]
+        return theirs[: max(0, len(theirs) - LIMIT + 1)]
+
+    def must_reject(
+        self, which: int, policy: str, subject: str, joining: Session | None = None
+    ) -> bool:
+        too_many = self.others_at_the_limit(which, subject, joining)
+        return policy == "reject" and bool(too_many)
+
+    def evict(self, which: int, policy: str, subject: str, joining: Session | None = None) -> None:
+        if policy == "evict":
+            for session in self.others_at_the_limit(which, subject, joining):
+                self.live.remove(session)
+
+    def join(self, session: Session) -> None:
+        self.live.append(session)
+        if session.subject:
+            self.was_listed.setdefault(session.subject, set()).add(session.id)
+
+    def forget_ended(self, subject: str) -> None:
+        """The index was touched: only live sessions are left in it."""
+        self.was_listed[subject] = {one.id for one in self.live if one.subject == subject}
+
+    def store(self, token: str, name: str, data: bytes | str, ttl: int | None) -> None:
+        session = self.opened_by(token)
+        session.payloads.pop(name, None)
+        session.timed.discard(name)
+        if ttl != 0:
+            session.payloads[name] = raw(data)
+        if ttl:
+            session.timed.add(name)
+
+    def drop(self, token: str, name: str) -> None:
+        session = self.opened_by(token)
+        del session.payloads[name]
+        session.timed.discard(name)
+
+    def check_info(self, info: SessionInfo, session: Session) -> None:
+        assert info.id == session.id
+        assert info.subject == session.subject
+        assert info.idle_timeout == session.idle_timeout
+        assert info.generation == session.generation
+        assert info.payloads == {name: len(data) for name, data in session.payloads.items()}
+        session.created_at = session.created_at or info.created_at
+        assert info.created_at == session.created_at
+        assert within(info.created_at.timestamp(), session.created)
+        assert within(info.expires_at.timestamp(), session.ends)
+        assert 0 < info.seconds_left <= info.expires_at.timestamp() - time() + CLOCK_SLACK
+        assert info.seconds_left <= (session.idle_timeout or info.seconds_left)
+
+    def expected(self, token: str, name: str | None = None) -> AbstractContextManager[object]:
         """The error that the model foresees, or none."""
-        if token not in self.live:
+        session = self.opens(token)
+        if session is None:
             return pytest.raises(SessionNotFoundError)
-        if name is not None and name not in self.live[token]:
+        if name is not None and name not in session.payloads:
             return pytest.raises(PayloadNotFoundError)
-        return _Nothing()
+        return nullcontext()
+
+    # What Redis holds
 
     @invariant()
     def redis_holds_what_the_model_says(self) -> None:
         if not hasattr(self, "live"):
             return
-        held = {key: self.client.hgetall(key) for key in self.client.scan_iter()}
-        assert set(held) == {f"sg-session:{{{token[3:19]}}}".encode() for token in self.live}
-        for token, payloads in self.live.items():
-            key = f"sg-session:{{{token[3:19]}}}".encode()
-            assert len(held[key].pop(b"fp")) == 16
-            assert held[key] == {f":{name}".encode(): data for name, data in payloads.items()}
-            assert 0 < self.client.pttl(key) <= 3_600_000
+        hashes, indexes, left = self.held()
+        by_key = {session.key: session for session in self.live}
+        assert set(hashes) == set(by_key)
+        for key, session in by_key.items():
+            self.check_hash(hashes[key], session)
+            latest = session.ends
+            if session.idle_timeout:
+                idle = session.used.after(session.idle_timeout)
+                latest = Span(
+                    min(session.ends.first, idle.first),
+                    min(session.ends.last, time() + session.idle_timeout),
+                )
+            assert left[key] > 0
+            assert within(time() + left[key] / 1000, latest)
+        subjects_by_key = {index_key(subject): subject for subject in self.was_listed}
+        assert set(indexes) <= set(subjects_by_key)
+        for key, subject in subjects_by_key.items():
+            self.check_index(indexes.get(key, {}), subject)
+            if key in indexes:
+                assert left[key] > 0
+                last = time() + left[key] / 1000
+                ends = max(indexes[key].values()) / 1000
+                assert within(last, Span(ends, ends))
+
+    def held(
+        self,
+    ) -> tuple[dict[bytes, dict[bytes, bytes]], dict[bytes, dict[bytes, float]], dict[bytes, int]]:
+        """The sessions, the indexes, and of both how many milliseconds they have left."""
+        hashes: dict[bytes, dict[bytes, bytes]] = {}
+        indexes: dict[bytes, dict[bytes, float]] = {}
+        left: dict[bytes, int] = {}
+        for client in self.clients:
+            keys = list(client.scan_iter(count=1_000))
+            pipeline = client.pipeline(transaction=False)
+            for key in keys:
+                if b":subject:" in key:
+                    pipeline.zrange(key, 0, -1, withscores=True)
+                else:
+                    pipeline.hgetall(key)
+                pipeline.pttl(key)
+            answers = pipeline.execute()
+            for key, value, pttl in zip(keys, answers[::2], answers[1::2], strict=True):
+                left[key] = pttl
+                if isinstance(value, dict):
+                    hashes[key] = value
+                else:
+                    indexes[key] = dict(value)
+        return hashes, indexes, left
+
+    def check_hash(self, held: dict[bytes, bytes], session: Session) -> None:
+        held = dict(held)
+        ring = self.gates[session.which, "any number"]._commands._ring
+        own, old = held.pop(b"fp"), held.pop(b"old", b"")
+        assert own[:16] == ring.verify(session.token)[1]
+        started, ends, idle = own[16:32], own[32:45], own[45:]
+        assert within(int(started) / 1_000_000, session.created)
+        assert idle == (b"%d" % session.idle_timeout if session.idle_timeout else b"")
+        if idle:
+            assert within(int(ends) / 1000, session.ends)
+        fingerprints = [old[at : at + 16] for at in range(0, len(old), 29)]
+        assert len(fingerprints) <= MAX_PREDECESSORS
+        recent = [ring.verify(token)[1] for token, _ in session.predecessors]
+        assert fingerprints == recent[len(recent) - len(fingerprints) :]
+        assert held.pop(b"gen", b"0") == b"%d" % session.generation
+        if session.subject:
+            assert held.pop(b"sub") == ring.realms[0] + session.subject.encode()
+        for name in session.timed:
+            data = held.pop(f";{name}".encode())
+            assert data[13:] == session.payloads[name]
+            assert time() < int(data[:13]) / 1000 < time() + 900 + CLOCK_SLACK
+        untimed = session.payloads.keys() - session.timed
+        assert held == {f":{name}".encode(): session.payloads[name] for name in untimed}
+
+    def check_index(self, held: dict[bytes, float], subject: str) -> None:
+        """Entries of live sessions are there, perhaps some of sessions that ended, no others."""
+        by_id = {entry[16:].decode(): (int(entry[:16]), score) for entry, score in held.items()}
+        assert len(by_id) == len(held)
+        live = {session.id: session for session in self.live if session.subject == subject}
+        assert set(live) <= set(by_id) <= self.was_listed[subject]
+        for session_id, session in live.items():
+            started, score = by_id[session_id]
+            assert within(started / 1_000_000, session.created)
+            assert within(score / 1000, session.ends)
 
 
-class _Nothing:
-    def __enter__(self) -> None: ...
+def within(moment: float, span: Span) -> bool:
+    """Whether it is a moment of that span, if the clock was not set meanwhile."""
+    return span.first - CLOCK_SLACK <= moment <= span.last + CLOCK_SLACK
 
-    def __exit__(self, *_: object) -> None: ...
+
+def index_key(subject: str) -> bytes:
+    spelt = subject.replace("%", "%25").replace("{", "%7B").replace("}", "%7D")
+    return f"sg-session:subject:{{{spelt}}}".encode()
+
+
+# In memory a step takes five times as long as on a server.
+EXAMPLES = {"memory": 10, "server": 20, "cluster": 15}
 
 
 def test_a_gate_does_what_the_model_does(backend: Backend) -> None:
-    """Any sequence of operations leaves exactly the sessions and payloads that a model holds."""
+    """Any sequence of operations leaves exactly the sessions, payloads and indexes of a model."""
+    shared: AnyClient = backend.gates_client()
 
     class OnBackend(Sessions):
         pass
 
     OnBackend.backend = backend
+    OnBackend.clients = (
+        [server.client() for server in backend.cluster.servers]
+        if backend.cluster
+        else [backend.client()]
+    )
+    OnBackend.gates = {
+        (which, policy): backend.flavour.gate(shared, key, **options)
+        for which, key in enumerate(KEYS)
+        for policy, options in POLICIES.items()
+    }
+    kind = "cluster" if backend.cluster else "server" if backend.server else "memory"
     run_state_machine_as_test(
         OnBackend,
-        settings=settings(max_examples=40, stateful_step_count=40, deadline=None),
+        settings=settings(max_examples=EXAMPLES[kind], stateful_step_count=40, deadline=None),
     )
+    for client in OnBackend.clients:
+        client.close()

@@ -1,4 +1,4 @@
-"""The six operations, on memory and on every server."""
+"""What the operations on a session and its payloads do, on memory and on every server."""
 
 import time
 from datetime import timedelta
@@ -15,7 +15,7 @@ from sessiongate import (
     SessionNotFoundError,
 )
 
-from .conftest import Backend
+from .conftest import Backend, pool_of
 
 GONE = "v1.AAAAAAAAAAAAAAAA.0f21bb0a2b2a5a7a8c5a9f0a4c1a3d4b5e6f708192a3b4c5d6e7f8091a2b3c4d"
 
@@ -89,6 +89,16 @@ def assert_gone(gate: SessionGate, token: str) -> None:
         lambda: gate.pdel(token, "user"),
         lambda: gate.expire(token, 300),
         lambda: gate.expire(token, 0),
+        lambda: gate.touch(token),
+        lambda: gate.info(token),
+        lambda: gate.renew(token),
+        lambda: gate.renew(token, subject="alice"),
+        lambda: gate.pset(token, "user", "y", ttl=300),
+        lambda: gate.pset_many(token, {"user": "y"}),
+        lambda: gate.pget_many(token, ["user"]),
+        lambda: gate.pall(token),
+        lambda: gate.ppop(token, "user"),
+        lambda: gate.pincr(token, "user"),
         lambda: gate.end(token),
     ):
         with pytest.raises(SessionNotFoundError) as caught:
@@ -221,8 +231,10 @@ def test_tokens_as_bytes(gate: SessionGate) -> None:
 
 def test_what_is_no_token_is_refused_by_every_operation(backend: Backend) -> None:
     """A malformed or forged token gets its error from all operations and reaches no server."""
+    if backend.cluster:
+        pytest.skip("the connections of a cluster client cannot be replaced")
     client = backend.gates_client()
-    client.connection_pool.connection_class = Untouchable
+    pool_of(client).connection_class = Untouchable
     gate = backend.flavour.gate(client, "k" * 32)
     for token, error in (
         ("", MalformedTokenError),
@@ -238,11 +250,25 @@ def test_what_is_no_token_is_refused_by_every_operation(backend: Backend) -> Non
             (gate.pset, ("user", "x")),
             (gate.pget, ("user",)),
             (gate.pdel, ("user",)),
+            (gate.touch, ()),
+            (gate.info, ()),
+            (gate.renew, ()),
+            (gate.pset_many, ({"user": "x"},)),
+            (gate.pget_many, (["user"],)),
+            (gate.pall, ()),
+            (gate.ppop, ("user",)),
+            (gate.pincr, ("user",)),
             (gate.end, ()),
             (gate.verify, ()),
         ):
             with pytest.raises(error):
                 operation(token, *args)  # type: ignore[arg-type]  # what a type checker would refuse
+        for forged in (
+            lambda token=token: gate.renew(token, subject="alice"),
+            lambda token=token: gate.pset(token, "user", "x", ttl=300),
+        ):
+            with pytest.raises(error):
+                forged()
 
 
 class Untouchable:

@@ -1,31 +1,42 @@
 """docs/protocol.md is the whole protocol: a client written from it alone works."""
 
 import base64
+import binascii
 import hashlib
 import hmac
+import itertools
 import os
 import re
 import secrets
 import socket
 import string
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from redis import Redis
+from redis import Redis, RedisCluster
 from redis.exceptions import ResponseError
 
 from sessiongate import (
     InvalidTokenError,
+    PayloadConflictError,
     PayloadNotFoundError,
+    PayloadOverflowError,
+    PayloadTypeError,
     SessionGate,
+    SessionInfo,
     SessionNotFoundError,
+    TooManySessionsError,
     arguments,
     keyspace,
 )
 
-from .conftest import SIGN_KEY
-from .servers import Server
+from .conftest import _BINARIES, SIGN_KEY, running, running_cluster
+from .servers import Cluster, Server
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "protocol.md").read_text("utf-8")
@@ -47,8 +58,10 @@ def table(title: str) -> dict[str, str]:
 
 # --- a client, written from the page and nothing else ---
 
-TOKEN = re.compile(r"v1\.([A-Za-z0-9]{16})\.([0-9a-f]{64})")
+V1 = re.compile(r"v1\.([A-Za-z0-9]{16})\.([0-9a-f]{64})")
+V2 = re.compile(r"v2\.([A-Za-z0-9]{16})\.([1-9][0-9]{0,17})\.([0-9a-f]{64})")
 LETTERS = string.ascii_letters + string.digits
+CODES = {"IDTAKEN", "NOSESSION", "NOPAYLOAD", "CONFLICT", "NOCOUNTER", "OVERFLOW", "TOOMANY"}
 
 
 class RefusedError(Exception):
@@ -56,10 +69,14 @@ class RefusedError(Exception):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self.code = re.sub(r"^@user_script: \d+: -", "", text).partition(" ")[0]
+        self.code = re.sub(r"^.*@user_script: \d+: -", "", text).partition(" ")[0]
 
 
-class ServerError(Exception):
+class BrokenOffError(RefusedError):
+    """One without an echo, proven by the reply to the next request."""
+
+
+class UnprovenError(Exception):
     """An error that nothing ties to this request."""
 
 
@@ -67,84 +84,331 @@ class LostReplyError(Exception):
     """The reply of another request came."""
 
 
-class Client:
-    """The six operations over a socket."""
+class Token(NamedTuple):
+    """What a genuine token says."""
 
-    def __init__(self, port: int, *sign_keys: bytes, login: tuple[str, ...] = ()) -> None:
+    session_id: str
+    generation: int
+    fingerprint: bytes
+
+
+class Info(NamedTuple):
+    """What is told of a session: times in the units of the protocol."""
+
+    session_id: str
+    started_us: int
+    ends_ms: int
+    left_ms: int
+    idle: int | None
+    generation: int
+    subject: str
+    payloads: dict[str, int]
+
+
+class Client:
+    """All operations over a socket, on a server or on a cluster."""
+
+    def __init__(self, port: int, *sign_keys: bytes) -> None:
         self.port = port
         self.sign_keys = sign_keys
-        self.login = login
+        self.login: tuple[str, ...] = ()
+        self.limit = 0
+        self.evicts = True
         self.echo_length = 12
         self.connections = 0
-        self._socket: socket.socket | None = None
+        self._sockets: dict[int, socket.socket] = {}
+        self._ports: dict[int, int] = {}
 
-    def start(self, ttl: int, payloads: dict[str, bytes]) -> str:
-        session_id = "".join(secrets.choice(LETTERS) for _ in range(16))
-        token = self.sign(session_id)
-        self.send_start(token, ttl, payloads, repeated=b"0")
+    # --- one session ---
+
+    def start(
+        self,
+        ttl: int,
+        payloads: dict[str, bytes],
+        subject: str | None = None,
+        idle: int | None = None,
+    ) -> str:
+        idle_timeout = b"" if idle is None else b"%d" % idle
+        if subject is not None:
+            return self.enroll(subject, number(ttl), idle_timeout, fields=pairs(payloads))
+        token = self.sign(draw(13) + draw(3))
+        self.send_start(token, ttl, payloads, idle_timeout, repeated=b"0")
         return token
 
     def send_start(
-        self, token: str, ttl: int, payloads: dict[str, bytes], *, repeated: bytes
+        self,
+        token: str,
+        ttl: int,
+        payloads: dict[str, bytes],
+        idle: bytes = b"",
+        *,
+        repeated: bytes,
     ) -> None:
-        pairs = [word for name, data in payloads.items() for word in (field(name), data)]
-        self.call("start", token, b"%d" % ttl, repeated, *pairs)
+        self.ask("start", token, number(ttl), repeated, idle, *pairs(payloads))
+
+    def touch(self, token: str) -> None:
+        self.ask("touch", token)
+
+    def info(self, token: str) -> Info:
+        return info_of(self.verify(token).session_id, self.ask("info", token))
 
     def expire(self, token: str, ttl: int) -> None:
-        self.call("expire", token, b"%d" % ttl)
+        subject = self.ask("expire", token, number(ttl))
+        if subject:
+            session_id, _, fingerprint = self.verify(token)
+            keys = [key_of(session_id), index_of(subject.decode())]
+            self.call("expire", keys, fingerprint, number(ttl), session_id.encode())
 
-    def pset(self, token: str, name: str, data: bytes) -> None:
-        self.call("pset", token, field(name), data)
+    def renew(self, token: str, grace: int = 10, subject: str | None = None) -> str:
+        if subject is None:
+            return self.send_renew(token, grace, repeated=b"0")
+        generation = self.verify(token).generation + 1
+        try:
+            return self.enroll(subject, generation=generation, source=token)
+        except RefusedError as error:
+            if error.code != "CROSSSLOT":
+                raise
+        return self.move(token, subject)
 
-    def pget(self, token: str, name: str) -> bytes:
-        return self.call("pget", token, field(name))
+    def send_renew(self, token: str, grace: int, *, repeated: bytes) -> str:
+        session_id, generation, _ = self.verify(token)
+        successor = self.verify(self.sign(session_id, generation + 1))
+        answer = self.ask(
+            "renew",
+            token,
+            successor.fingerprint,
+            number(successor.generation),
+            number(grace),
+            realm(self.sign_keys[0]),
+            repeated,
+        )
+        for sign_key in self.sign_keys:
+            named = self.sign(session_id, int(answer[16:]), sign_key)
+            if self.verify(named).fingerprint == answer[:16]:
+                return named
+        raise AssertionError("no sign key of the list signed the successor")
 
-    def pdel(self, token: str, name: str) -> None:
-        self.call("pdel", token, field(name))
+    def move(self, token: str, subject: str) -> str:
+        generation = self.verify(token).generation + 1
+        started, ttl, idle, *fields = self.export(token)
+        new = self.enroll(subject, ttl, idle, started, generation, fields=fields)
+        try:
+            last = self.export(token, b"1")[3:]
+        except RefusedError:
+            self.end(new)
+            raise
+        if couples(last) != couples(fields):
+            self.import_fields(new, *last)
+        return new
+
+    def export(self, token: str, take: bytes = b"0") -> list[bytes]:
+        return items(self.ask("export", token, take))
+
+    def import_fields(self, token: str, *fields: bytes) -> None:
+        self.ask("import", token, *fields)
 
     def end(self, token: str) -> None:
-        self.call("end", token)
+        self.ask("end", token)
 
-    def sign(self, session_id: str) -> str:
-        mac = hmac.digest(self.sign_keys[0], session_id.encode(), "sha256")
-        return f"v1.{session_id}.{mac.hex()}"
+    # --- payloads ---
 
-    def verify(self, token: str) -> tuple[str, bytes]:
-        """The session id and the fingerprint."""
-        match = TOKEN.fullmatch(token)
+    def pset(self, token: str, name: str, data: bytes) -> None:
+        self.ask("pset", token, field(name), data)
+
+    def pset_if(  # noqa: PLR0913, PLR0917  # as many as the script has
+        self,
+        token: str,
+        name: str,
+        data: bytes,
+        condition: bytes = b"",
+        expected: bytes = b"",
+        ttl: int | None = None,
+    ) -> None:
+        end = b"" if ttl is None else number(ttl)
+        self.ask("pset_if", token, field(name), data, condition, expected, end)
+
+    def pset_many(self, token: str, payloads: dict[str, bytes]) -> None:
+        self.ask("pset_many", token, *pairs(payloads))
+
+    def pget(self, token: str, name: str) -> bytes:
+        return self.ask("pget", token, field(name))
+
+    def pget_many(self, token: str, *names: str) -> dict[str, bytes]:
+        return payloads_of(self.ask("pget_many", token, *map(field, names)))
+
+    def pall(self, token: str) -> dict[str, bytes]:
+        return payloads_of(self.ask("pall", token))
+
+    def pdel(self, token: str, name: str) -> None:
+        self.ask("pdel", token, field(name))
+
+    def ppop(self, token: str, name: str) -> bytes:
+        return self.ask("ppop", token, field(name))
+
+    def pincr(self, token: str, name: str, by: int = 1) -> int:
+        return int(self.ask("pincr", token, field(name), number(by)))
+
+    # --- a subject's sessions ---
+
+    def enroll(  # noqa: PLR0913  # likewise
+        self,
+        subject: str,
+        ttl: bytes = b"",
+        idle: bytes = b"",
+        started: bytes = b"",
+        generation: int = 0,
+        *,
+        source: str | None = None,
+        fields: list[bytes] | None = None,
+    ) -> str:
+        token = self.sign(draw_in(slot_of(index_of(subject))), generation)
+        words = (ttl, idle, started, source, fields or [])
+        self.send_enroll(token, subject, *words, repeated=b"0")
+        return token
+
+    def send_enroll(  # noqa: PLR0913, PLR0917  # likewise
+        self,
+        token: str,
+        subject: str,
+        ttl: bytes,
+        idle: bytes,
+        started: bytes,
+        source: str | None,
+        fields: list[bytes],
+        *,
+        repeated: bytes,
+    ) -> None:
+        session_id, generation, fingerprint = self.verify(token)
+        keys = [key_of(session_id), index_of(subject)]
+        source_id, _, source_fingerprint = self.verify(source) if source else ("", 0, b"")
+        if source:
+            keys.append(key_of(source_id))
+        subs = self.subs(subject)
+        entries: list[bytes] = []
+        while True:
+            answer = self.call(
+                "enroll",
+                [*keys, *map(key_of_entry, entries)],
+                *(fingerprint, ttl, repeated, idle, session_id.encode(), started),
+                *(number(generation), source_fingerprint, source_id.encode()),
+                *(number(self.limit), b"1" if self.evicts else b"0"),
+                *(number(len(subs)), number(len(entries)), *subs, *entries, *fields),
+            )
+            if not answer:
+                return
+            entries = entries_of(answer)
+
+    def sessions(self, subject: str) -> list[Info]:
+        now, entries = self.index(subject)
+        subs = self.subs(subject)
+        infos: dict[bytes, bytes] = {}
+        while entries:
+            keys = [index_of(subject), *map(key_of_entry, entries)]
+            answer = self.call("sessions", keys, now, number(len(subs)), *subs, *entries)
+            moved, *told = items(answer)
+            infos |= couples(told)
+            entries = entries_of(moved)
+        return [info_of(entry[16:].decode(), info) for entry, info in sorted(infos.items())]
+
+    def end_all(self, subject: str, keep: str | None = None) -> int:
+        kept = self.verify(keep).session_id.encode() if keep else b""
+        now, entries = self.index(subject)
+        subs = self.subs(subject)
+        ended = 0
+        while entries:
+            keys = [index_of(subject), *map(key_of_entry, entries)]
+            answer = self.call("end_all", keys, kept, now, number(len(subs)), *subs, *entries)
+            count, _, moved = answer.partition(b":")
+            ended += int(count)
+            entries = entries_of(moved)
+        return ended
+
+    def end_one(self, subject: str, session_id: str) -> None:
+        keys = [key_of(session_id), index_of(subject)]
+        self.call("end_one", keys, session_id.encode(), *self.subs(subject))
+
+    def index(self, subject: str) -> tuple[bytes, list[bytes]]:
+        """The server's time, and the entries."""
+        answer = self.call("index", [index_of(subject)])
+        return answer[:16], entries_of(answer[16:])
+
+    def subs(self, subject: str) -> list[bytes]:
+        return [realm(sign_key) + subject.encode() for sign_key in self.sign_keys]
+
+    # --- tokens ---
+
+    def sign(self, session_id: str, generation: int = 0, sign_key: bytes = b"") -> str:
+        message = f"v2.{session_id}.{generation}" if generation else session_id
+        mac = hmac.digest(sign_key or self.sign_keys[0], message.encode(), "sha256")
+        return f"{message if generation else f'v1.{session_id}'}.{mac.hex()}"
+
+    def verify(self, token: str) -> Token:
+        match = V1.fullmatch(token) or V2.fullmatch(token)
         assert match, "not a token"
-        claimed = bytes.fromhex(match[2])
+        session_id, *digits, signature = match.groups()
+        message = token.rpartition(".")[0] if digits else session_id
+        claimed = bytes.fromhex(signature)
         for sign_key in self.sign_keys:
-            if hmac.compare_digest(hmac.digest(sign_key, match[1].encode(), "sha256"), claimed):
-                return match[1], hashlib.sha256(claimed).digest()[:16]
+            if hmac.compare_digest(hmac.digest(sign_key, message.encode(), "sha256"), claimed):
+                fingerprint = hashlib.sha256(claimed).digest()[:16]
+                return Token(session_id, int(digits[0]) if digits else 0, fingerprint)
         raise AssertionError("no sign key of the list signed it")
 
-    def call(self, name: str, token: str, *args: bytes) -> bytes:
+    # --- calls ---
+
+    def ask(self, name: str, token: str, *args: bytes) -> bytes:
+        """Call a script for the session of a token."""
+        session_id, _, fingerprint = self.verify(token)
+        return self.call(name, [key_of(session_id)], fingerprint, *args)
+
+    def call(self, name: str, keys: list[bytes], *args: bytes) -> bytes:
         source = SCRIPTS[name]
-        session_id, fingerprint = self.verify(token)
-        key = b"sg-session:{%b}" % session_id.encode()
-        for verb, script in (
-            (b"EVALSHA", sha1(source)),
-            (b"EVAL", source),
-        ):
-            echo = base64.b64encode(os.urandom(self.echo_length))[: self.echo_length]
-            kind, text = self.ask(verb, script, b"1", key, echo, fingerprint, *args)
+        slot = slot_of(keys[0])
+        port = self._ports.get(slot, self.port)
+        call = (b"EVALSHA", sha1(source))
+        asking = False
+        for _ in range(10):
+            echo = self.new_echo()
+            if asking:
+                assert self.exchange(port, b"ASKING") == (b"+", b"OK")
+            kind, text = self.exchange(port, *call, number(len(keys)), *keys, echo, *args)
             if kind == b"$" and text.startswith(echo):
                 return text[len(echo) :]
             if kind == b"-" and text.endswith(b" " + echo):
                 raise RefusedError(text[: -len(echo) - 1].decode())
-            self.drop()
-            if kind == b"$" or text.split()[0] in {b"IDTAKEN", b"NOSESSION", b"NOPAYLOAD"}:
+            if kind != b"-" or text.partition(b" ")[0].decode() in CODES:
+                self.drop()
                 raise LostReplyError
-            if not text.startswith(b"NOSCRIPT "):
-                break
-        raise ServerError(text.decode())
+            self.prove(port, text)
+            code, *words = text.decode().split()
+            asking = code == "ASK"
+            if code == "NOSCRIPT":
+                call = (b"EVAL", source)
+            elif code in {"MOVED", "ASK"}:
+                port = int(words[1].rpartition(":")[2])
+                if code == "MOVED":
+                    self._ports[slot] = port
+            elif code == "TRYAGAIN":
+                time.sleep(0.01)
+            else:
+                raise BrokenOffError(text.decode())
+        raise AssertionError("it is sent to and fro")
 
-    def ask(self, *words: bytes) -> tuple[bytes, bytes]:
+    def prove(self, port: int, error: bytes) -> None:
+        """Only what this lets pass answers the request before."""
+        echo = self.new_echo()
+        kind, text = self.exchange(port, b"EVAL", SCRIPTS["echo"], b"0", echo)
+        if (kind, text) != (b"$", echo):
+            self.drop()
+            raise UnprovenError(error.decode()) if kind == b"-" else LostReplyError
+
+    def new_echo(self) -> bytes:
+        return base64.b64encode(os.urandom(self.echo_length))[: self.echo_length]
+
+    def exchange(self, port: int, *words: bytes) -> tuple[bytes, bytes]:
         """The kind of the reply and its text."""
-        self.send(*words)
-        assert self._socket
-        with self._socket.makefile("rb", buffering=0) as replies:
+        self.send(port, *words)
+        with self._sockets[port].makefile("rb", buffering=0) as replies:
             line = replies.readline()
             kind, text = line[:1], line[1:-2]
             if kind == b"$":
@@ -154,25 +418,107 @@ class Client:
                 text = text[:-2]
         return kind, text
 
-    def send(self, *words: bytes) -> None:
-        if self._socket is None:
-            self._socket = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+    def send(self, port: int, *words: bytes) -> None:
+        if port not in self._sockets:
+            self._sockets[port] = socket.create_connection(("127.0.0.1", port), timeout=10)
             self.connections += 1
             if self.login:
-                assert self.ask(b"AUTH", *(word.encode() for word in self.login)) == (b"+", b"OK")
+                words_in = (b"AUTH", *(word.encode() for word in self.login))
+                assert self.exchange(port, *words_in) == (b"+", b"OK")
         request = b"*%d\r\n" % len(words) + b"".join(
             b"$%d\r\n%b\r\n" % (len(word), word) for word in words
         )
-        self._socket.sendall(request)
+        self._sockets[port].sendall(request)
 
     def drop(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-        self._socket = None
+        for connection in self._sockets.values():
+            connection.close()
+        self._sockets = {}
+
+
+def number(value: int) -> bytes:
+    return b"%d" % value
 
 
 def field(name: str) -> bytes:
     return b":" + name.encode()
+
+
+def pairs(payloads: dict[str, bytes]) -> list[bytes]:
+    return [word for name, data in payloads.items() for word in (field(name), data)]
+
+
+def couples(words: list[bytes]) -> dict[bytes, bytes]:
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def items(text: bytes) -> list[bytes]:
+    """The items of a list."""
+    found = []
+    while text:
+        length, _, text = text.partition(b":")
+        found.append(text[: int(length)])
+        text = text[int(length) :]
+    return found
+
+
+def payloads_of(text: bytes) -> dict[str, bytes]:
+    return {name.decode(): data for name, data in couples(items(text)).items()}
+
+
+def info_of(session_id: str, text: bytes) -> Info:
+    started, ends, left, idle, generation, subject, *sizes = items(text)
+    return Info(
+        session_id,
+        int(started),
+        int(ends),
+        int(left),
+        int(idle) if idle else None,
+        int(generation),
+        subject.decode(),
+        {name.decode(): int(size) for name, size in couples(sizes).items()},
+    )
+
+
+def entries_of(text: bytes) -> list[bytes]:
+    return [text[at : at + 32] for at in range(0, len(text), 32)]
+
+
+def key_of(session_id: str) -> bytes:
+    return b"sg-session:{%b}" % session_id.encode()
+
+
+def key_of_entry(entry: bytes) -> bytes:
+    return key_of(entry[16:].decode())
+
+
+def index_of(subject: str) -> bytes:
+    tag = re.sub("[%{}]", lambda sign: f"%{ord(sign[0]):02X}", subject)
+    return b"sg-session:subject:{%b}" % tag.encode()
+
+
+def slot_of(key: bytes) -> int:
+    """The slot of a Redis key that ends in its hash tag."""
+    return binascii.crc_hqx(key.partition(b"{")[2][:-1], 0) % 16384
+
+
+def draw(count: int) -> str:
+    return "".join(secrets.choice(LETTERS) for _ in range(count))
+
+
+def draw_in(slot: int) -> str:
+    """A session id in that slot: without a table, one ending after the other is tried."""
+    free = draw(13)
+    shuffled = secrets.SystemRandom().sample(LETTERS, len(LETTERS))
+    for ending in itertools.product(shuffled, repeat=3):
+        session_id = free + "".join(ending)
+        if slot_of(key_of(session_id)) == slot:
+            return session_id
+    raise AssertionError("some endings always are")
+
+
+def realm(sign_key: bytes) -> bytes:
+    return hashlib.sha256(hmac.digest(sign_key, b"realm", "sha256")).digest()[:8]
 
 
 def sha1(source: bytes) -> bytes:
@@ -203,12 +549,15 @@ def all_operations(client: Client) -> None:
     client.pset(token, "user", b"x" * 100_000)
     assert client.pget(token, "user") == b"x" * 100_000
     client.expire(token, 600)
+    client.touch(token)
     client.pdel(token, "user")
-    for missing in (client.pget, client.pdel):
+    for missing in (client.pget, client.pdel, client.ppop):
         with refused("NOPAYLOAD"):
             missing(token, "user")
     with refused("IDTAKEN"):
         client.send_start(token, 300, {}, repeated=b"0")
+    all_payloads(client, token)
+    token = all_renewals(client, token)
     client.end(token)
     over = client.start(300, {})
     client.expire(over, 0)
@@ -216,54 +565,465 @@ def all_operations(client: Client) -> None:
         for operation, *args in (
             (client.expire, 300),
             (client.expire, 0),
+            (client.touch,),
+            (client.info,),
+            (client.renew,),
+            (client.renew, 10, "bob"),
+            (client.move, "bob"),
+            (client.import_fields,),
             (client.pset, "user", b"x"),
+            (client.pset_if, "user", b"x"),
+            (client.pset_many, {"user": b"x"}),
             (client.pget, "user"),
+            (client.pget_many, "user"),
+            (client.pall,),
             (client.pdel, "user"),
+            (client.ppop, "user"),
+            (client.pincr, "user"),
             (client.end,),
         ):
             with refused("NOSESSION"):
                 operation(ended, *args)
+    all_of_a_subject(client)
 
 
-def test_a_client_written_from_the_page_does_everything(client: Client) -> None:
-    """Six operations and their errors work as the page says, on a server without scripts."""
+def all_payloads(client: Client, token: str) -> None:
+    client.pset_many(token, {"a": b"1", "naïve": b"2"})
+    client.pset_if(token, "b", b"3", b"absent")
+    client.pset_if(token, "b", b"4", b"match", b"3")
+    for condition, expected in ((b"absent", b""), (b"match", b"3")):
+        with refused("CONFLICT"):
+            client.pset_if(token, "b", b"5", condition, expected)
+    client.pset_if(token, "timed", b"5", ttl=100)
+    everything = {"a": b"1", "b": b"4", "naïve": b"2", "timed": b"5"}
+    assert client.pall(token) == client.pget_many(token, "none", *everything) == everything
+    assert client.info(token).payloads == dict.fromkeys(everything, 1)
+    assert client.pincr(token, "timed", -7) == -2
+    client.pset_if(token, "timed", b"5", ttl=0)
+    client.pset_if(token, "timed", b"5", b"absent", ttl=100)
+    client.pdel(token, "timed")
+    with refused("NOPAYLOAD"):
+        client.pget(token, "timed")
+    assert client.ppop(token, "naïve") == b"2"
+    assert client.pincr(token, "n", 2**63 - 1) == 2**63 - 1
+    with refused("OVERFLOW"):
+        client.pincr(token, "n")
+    client.pset(token, "n", b"one")
+    with refused("NOCOUNTER"):
+        client.pincr(token, "n")
+    assert client.pall(token) == {"a": b"1", "b": b"4", "n": b"one"}
+
+
+def all_renewals(client: Client, token: str) -> str:
+    """The token that the session has afterwards."""
+    new = client.renew(token)
+    assert client.renew(token) == new
+    assert client.pget(token, "a") == client.pget(new, "a") == b"1"
+    newest = client.renew(new, 0)
+    with refused("NOSESSION"):
+        client.pget(new, "a")
+    assert client.renew(token) == newest  # the grace of that one lasts
+    assert client.send_renew(new, 0, repeated=b"1") == newest
+    signed_in = client.renew(newest, subject="bob")
+    moved = client.move(signed_in, "carol")
+    for dead in (token, new, newest, signed_in):
+        with refused("NOSESSION"):
+            client.pget(dead, "a")
+    assert client.pall(moved) == {"a": b"1", "b": b"4", "n": b"one"}
+    assert client.info(moved)[4:7] == (None, 4, "carol")
+    return moved
+
+
+def all_of_a_subject(client: Client) -> None:
+    subject = "50% {zoë}"
+    tokens = [client.start(300, {"a": number(n)}, subject, idle=60) for n in range(20)]
+    ids = [client.verify(token).session_id for token in tokens]
+    told = client.sessions(subject)
+    assert [info.session_id for info in told] == ids
+    assert [info[4:] for info in told] == [(60, 0, subject, {"a": len(str(n))}) for n in range(20)]
+    client.expire(tokens[0], 30)
+    assert client.sessions(subject)[0].ends_ms < told[0].ends_ms - 200_000
+    client.end(tokens[1])
+    client.end_one(subject, ids[2])
+    for stranger in ("zoë", subject):
+        with refused("NOSESSION"):
+            client.end_one(stranger, draw_in(slot_of(index_of(stranger))))
+    client.limit, client.evicts = 17, False
+    with refused("TOOMANY"):
+        client.start(300, {}, subject)
+    client.evicts = True
+    latest = client.start(300, {}, subject)
+    client.limit = 0
+    assert [info.session_id for info in client.sessions(subject)] == [
+        *ids[4:],
+        client.verify(latest).session_id,
+    ]
+    assert client.end_all(subject, keep=tokens[7]) == 16
+    assert [info.session_id for info in client.sessions(subject)] == [ids[7]]
+    assert client.end_all(subject) == 1
+    assert client.end_all(subject) == 0
+    assert client.sessions(subject) == []
+
+
+def test_a_client_written_from_the_page_does_everything(client: Client, server: Server) -> None:
+    """All operations and their errors work as the page says, on a server without scripts."""
     all_operations(client)
-    # Each of the six scripts was unknown once, which costs a connection.
-    assert client.connections == 1 + 6
+    # No error cost the connection: each was proven.
+    assert client.connections == 1
+    with server.client() as admin:
+        known = admin.script_exists(*(sha1(source).decode() for source in SCRIPTS.values()))
+    assert all(known), "a script did not run"
 
 
-def test_what_it_starts_sessiongate_goes_on_with(client: Client, server: Server) -> None:
+@pytest.fixture
+def own_client(own_server: Server) -> Iterator[Client]:
+    """A client of a server of its own."""
+    client = Client(own_server.port, SIGN_KEY.encode())
+    yield client
+    client.drop()
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    """The suite's cluster, empty."""
+    if not _BINARIES:
+        pytest.skip("no server was found")
+    cluster = running_cluster()
+    cluster.flushall()
+    return cluster
+
+
+@pytest.fixture
+def cluster_client(cluster: Cluster) -> Iterator[Client]:
+    client = Client(cluster.port, SIGN_KEY.encode())
+    yield client
+    client.drop()
+
+
+def test_a_client_written_from_the_page_does_everything_on_a_cluster(
+    cluster_client: Client,
+) -> None:
+    """All operations work on a cluster; a session that gets a subject moves to its slot."""
+    for _ in range(3):
+        all_operations(cluster_client)
+    assert cluster_client.connections == 3
+
+
+def test_a_slot_that_is_on_its_way(cluster: Cluster, cluster_client: Client) -> None:
+    """While a slot moves, a session is opened and used where ASK sends its calls."""
+    slot = slot_of(key_of("A" * 16))
+    token = cluster_client.sign("A" * 16)
+    here = cluster.server_of(slot)
+    there = next(server for server in cluster.servers if server is not here)
+    with here.client() as source, there.client() as target:
+        ids = [client.execute_command("CLUSTER", "MYID").decode() for client in (source, target)]
+        target.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[0])
+        source.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[1])
+        try:
+            cluster_client.send_start(token, 300, {"user": b"x"}, repeated=b"0")
+            assert cluster_client.pget(token, "user") == b"x"
+            cluster_client.end(token)
+        finally:
+            for client in (source, target):
+                client.execute_command("CLUSTER", "SETSLOT", slot, "STABLE")
+
+
+# --- the client and SessionGate, on the same sessions ---
+
+
+class Pair:
+    """A client and a gate that share sessions, and a look into where these are."""
+
+    def __init__(self, client: Client, redis: Redis | RedisCluster, admin: Redis) -> None:
+        self.client = client
+        self.redis = redis
+        self.admin = admin
+
+    def gate(self, **options: object) -> SessionGate:
+        return SessionGate(self.redis, **{"sign_key": SIGN_KEY, **options})  # type: ignore[arg-type]  # options are the gate's own
+
+
+@pytest.fixture(params=[*_BINARIES, "cluster"] if _BINARIES else [])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """A client and a gate on every server, and on a cluster."""
+    if request.param == "cluster":
+        cluster = running_cluster()
+        cluster.flushall()
+        client = Client(cluster.port, SIGN_KEY.encode())
+        with RedisCluster("127.0.0.1", cluster.port, protocol=2) as redis:
+            yield Pair(client, redis, cluster.client())
+    else:
+        server = running(request.param)
+        client = Client(server.port, SIGN_KEY.encode())
+        with server.client() as redis, server.client() as admin:
+            admin.flushall()
+            yield Pair(client, redis, admin)
+    client.drop()
+
+
+def test_what_it_starts_sessiongate_goes_on_with(pair: Pair) -> None:
     """A session of the client is SessionGate's as well, for every operation."""
-    gate = SessionGate(server.client(), sign_key=SIGN_KEY)
-    token = client.start(300, {"naïve": b"\x00\xff", "cart": b"[]"})
+    client, gate = pair.client, pair.gate()
+    token = client.start(300, {"naïve": b"\x00\xff", "cart": b"[]"}, idle=100)
     assert gate.pget(token, "naïve") == b"\x00\xff"
     gate.pset(token, "user", "y")
     assert client.pget(token, "user") == b"y"
     gate.pdel(token, "cart")
     with refused("NOPAYLOAD"):
         client.pget(token, "cart")
+    gate.expire(token, 1000)
+    assert 999_000 < client.info(token).ends_ms - time.time() * 1000 <= 1_000_000
     gate.end(token)
     with refused("NOSESSION"):
         client.pget(token, "user")
 
 
-def test_what_sessiongate_starts_it_goes_on_with(client: Client, server: Server) -> None:
+def test_what_sessiongate_starts_it_goes_on_with(pair: Pair) -> None:
     """A session of SessionGate is the client's as well, for every operation."""
-    gate = SessionGate(server.client(), sign_key=SIGN_KEY)
-    token = gate.start(300, {"naïve": b"\x00\xff", "cart": b"[]"})
+    client, gate = pair.client, pair.gate()
+    token = gate.start(300, {"naïve": b"\x00\xff", "cart": b"[]"}, idle_timeout=100)
     assert client.pget(token, "naïve") == b"\x00\xff"
     client.pset(token, "user", b"y")
     assert gate.pget(token, "user") == b"y"
     client.expire(token, 1000)
-    with server.client() as admin:
-        left_ms = admin.pttl(f"sg-session:{{{gate.verify(token)}}}")
-        assert 999_000 < left_ms <= 1_000_000
+    assert gate.info(token).expires_at - datetime.now(UTC) > timedelta(seconds=999)
+    assert 99_000 < pair.admin.pttl(key_of(gate.verify(token))) <= 100_000
     client.pdel(token, "cart")
     with pytest.raises(PayloadNotFoundError):
         gate.pget(token, "cart")
     client.end(token)
     with pytest.raises(SessionNotFoundError):
         gate.pget(token, "user")
+
+
+def test_payloads_are_shared(pair: Pair) -> None:
+    """Ends of payloads, conditions and counters of the one hold for the other."""
+    client, gate = pair.client, pair.gate()
+    token = client.start(300, {"n": b"41"})
+    client.pset_if(token, "code", b"1", ttl=1)
+    gate.pset(token, "flash", "2", ttl=1)
+    everything = {"n": b"41", "code": b"1", "flash": b"2"}
+    assert gate.pall(token) == client.pall(token) == everything
+    assert gate.pget_many(token, everything) == client.pget_many(token, *everything) == everything
+    with pytest.raises(PayloadConflictError):
+        gate.pset(token, "code", "3", if_absent=True)
+    with refused("CONFLICT"):
+        client.pset_if(token, "flash", b"3", b"match", b"3")
+    gate.pset(token, "n", "42", if_match="41")
+    assert gate.pincr(token, "n", -50) == -8
+    assert client.pincr(token, "n", -(2**63) + 8) == -(2**63)
+    with pytest.raises(PayloadOverflowError):
+        gate.pincr(token, "n", -1)
+    client.pset_many(token, {"n": b"1.5", "more": b"0"})
+    with pytest.raises(PayloadTypeError):
+        gate.pincr(token, "n")
+    time.sleep(1.1)
+    assert gate.pall(token) == client.pall(token) == {"n": b"1.5", "more": b"0"}
+    assert dict(gate.info(token).payloads) == client.info(token).payloads == {"n": 3, "more": 1}
+    with refused("NOPAYLOAD"):
+        client.ppop(token, "flash")
+    with pytest.raises(PayloadNotFoundError):
+        gate.ppop(token, "code")
+    client.pset_if(token, "code", b"3", b"absent")
+    assert gate.ppop(token, "code") == b"3"
+    gate.pset_many(token, {"more": "5"})
+    assert client.ppop(token, "more") == b"5"
+
+
+def test_renewals_are_shared(pair: Pair) -> None:
+    """Whoever of the two renews a token within its grace gets the successor of the other."""
+    client, gate = pair.client, pair.gate()
+    token = client.start(300, {"user": b"x"})
+    second = client.renew(token)
+    assert gate.renew(token) == second
+    third = gate.renew(second, grace=0)
+    with refused("NOSESSION"):
+        client.renew(second)
+    assert client.renew(token) == gate.renew(token) == third
+    assert client.pget(third, "user") == gate.pget(token, "user") == b"x"
+    assert gate.info(third).generation == client.info(third).generation == 2
+
+
+def test_a_successor_signed_with_another_key_of_the_ring_is_found(pair: Pair) -> None:
+    """The fingerprint tells which sign key signed the successor, whoever asks for it."""
+    client = pair.client
+    rings = (b"the new one " * 3, SIGN_KEY.encode()), (SIGN_KEY.encode(), b"the new one " * 3)
+    client.sign_keys = rings[0]
+    gate = pair.gate(sign_key=list(rings[1]))
+    for first, second in ((client.renew, gate.renew), (gate.renew, client.renew)):
+        token = client.start(300, {"user": b"x"}, "zoë")
+        assert first(token) == second(token)
+        # The realm went with the sign key, and both count it as theirs.
+        assert len(gate.sessions("zoë")) == len(client.sessions("zoë")) == 1
+        assert gate.end_all("zoë") == 1
+
+
+def told(info: SessionInfo | Info) -> tuple[object, ...]:
+    """What stays the same from one moment to the next."""
+    if isinstance(info, Info):
+        return (info.session_id, info.started_us // 1000, info.ends_ms, *info[4:])
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    return (
+        info.id,
+        (info.created_at - epoch) // timedelta(milliseconds=1),
+        (info.expires_at - epoch) // timedelta(milliseconds=1),
+        info.idle_timeout,
+        info.generation,
+        info.subject or "",
+        dict(info.payloads),
+    )
+
+
+def drop_end(info: tuple[object, ...]) -> tuple[object, ...]:
+    return (*info[:2], *info[3:])
+
+
+def test_what_is_told_of_sessions_is_the_same(pair: Pair) -> None:
+    """Both tell the same of every session of a subject, whoever opened, moved or renewed it."""
+    client, gate = pair.client, pair.gate()
+    subject = "50% {zoë}"
+    tokens = [
+        client.start(300, {"a": b"1"}, subject, idle=100),
+        gate.start(300, {"a": b"12"}, subject=subject, idle_timeout=200),
+        client.renew(gate.start(300, {"b": b"1"}), subject=subject),
+        gate.renew(client.start(300, {"b": b"12"}, idle=50), subject=subject),
+        client.renew(gate.start(300, subject="alice", idle_timeout=7), subject=subject),
+        gate.renew(client.start(300, {}, "alice"), subject=subject),
+    ]
+    tokens[0] = gate.renew(tokens[0])
+    tokens[1] = client.renew(tokens[1])
+    client.pset_if(tokens[0], "timed", b"123", ttl=100)
+    listed = [told(info) for info in client.sessions(subject)]
+    for others in (
+        gate.sessions(subject),
+        [client.info(token) for token in tokens],
+        [gate.info(token) for token in tokens],
+    ):
+        # What a session has left and what time it is may be a millisecond apart.
+        ends = [pytest.approx(info[2], abs=1) for info in listed]
+        assert [told(info)[2] for info in others] == ends
+        assert [drop_end(told(info)) for info in others] == [drop_end(info) for info in listed]
+    assert [info[4] for info in listed] == [1] * 6
+    assert client.sessions("alice") == []
+    assert gate.sessions("alice") == []
+
+
+def test_a_subjects_sessions_are_shared(pair: Pair) -> None:
+    """Each of the two ends sessions of a subject, and keeps to its limit, for both."""
+    client, gate = pair.client, pair.gate()
+    ours, theirs = client.start(300, {}, "zoë"), gate.start(300, subject="zoë")
+    other = client.start(300, {}, "zoë")
+    client.end_one("zoë", gate.verify(theirs))
+    with pytest.raises(SessionNotFoundError):
+        gate.touch(theirs)
+    gate.end_one("zoë", gate.verify(other))
+    with refused("NOSESSION"):
+        client.touch(other)
+    client.expire(ours, 1000)
+    assert gate.sessions("zoë")[0].seconds_left > 999
+    info = client.info(ours)
+    score = pair.admin.zscore(index_of("zoë"), entry(info))
+    assert score == pytest.approx(info.ends_ms, abs=1)
+    client.limit, client.evicts = 2, False
+    strict = pair.gate(max_sessions=2, on_overflow="reject")
+    new = strict.start(300, subject="zoë")
+    with pytest.raises(TooManySessionsError):
+        strict.start(300, subject="zoë")
+    with refused("TOOMANY"):
+        client.start(300, {}, "zoë")
+    client.evicts = True
+    newest = client.start(300, {}, "zoë")
+    with pytest.raises(SessionNotFoundError):
+        gate.touch(ours)
+    assert gate.end_all("zoë", keep=newest) == 1
+    with refused("NOSESSION"):
+        client.touch(new)
+    assert client.end_all("zoë") == 1
+    assert pair.admin.exists(index_of("zoë")) == 0
+
+
+def entry(info: Info) -> bytes:
+    return b"%d%b" % (info.started_us, info.session_id.encode())
+
+
+def test_an_application_with_another_sign_key_is_no_concern(pair: Pair) -> None:
+    """Two applications list, end and limit their own sessions of a subject, in one index."""
+    gate = pair.gate(sign_key="another sign key, 32 bytes and more", max_sessions=1)
+    theirs, ours = gate.start(300, subject="zoë"), pair.client.start(300, {}, "zoë")
+    assert [info.session_id for info in pair.client.sessions("zoë")] == [
+        pair.client.verify(ours).session_id
+    ]
+    with refused("NOSESSION"):
+        pair.client.end_one("zoë", gate.verify(theirs))
+    pair.client.limit = 1
+    pair.client.start(300, {}, "zoë")
+    assert pair.client.end_all("zoë") == 1
+    assert [info.id for info in gate.sessions("zoë")] == [gate.verify(theirs)]
+
+
+def test_use_is_written_once_per_tenth(client: Client, server: Server) -> None:
+    """Use moves the end of a session if a tenth of its idle timeout is gone, and not before."""
+    token = client.start(300, {"user": b"x"}, idle=100)
+    key = key_of(client.verify(token).session_id)
+    uses: list[Callable[[str], object]] = [
+        client.touch,
+        client.info,
+        client.pall,
+        lambda token: client.pget(token, "user"),
+        lambda token: client.pget_many(token, "none"),
+        client.export,
+        lambda token: client.pset(token, "user", b"y"),
+    ]
+    with server.client() as admin:
+        for use in uses:
+            admin.pexpire(key, 91_000)
+            use(token)
+            assert 80_000 < admin.pttl(key) <= 91_000
+            admin.pexpire(key, 90_000)
+            use(token)
+            assert 99_000 < admin.pttl(key) <= 100_000
+        client.expire(token, 50)
+        admin.pexpire(key, 20_000)
+        client.touch(token)
+        assert 49_000 < admin.pttl(key) <= 50_000
+
+
+def test_what_changes_while_a_session_moves_is_taken_along(client: Client) -> None:
+    """A payload stored behind the first export is moved by the second; an end ends the copy."""
+    token = client.start(300, {"a": b"1", "b": b"2"})
+
+    def change(_: str) -> None:
+        client.pset_if(token, "a", b"5", ttl=100)
+        client.pdel(token, "b")
+        client.pset(token, "c", b"6")
+
+    between_the_exports(client, change)
+    moved = client.move(token, "zoë")
+    assert client.pall(moved) == {"a": b"5", "c": b"6"}
+    copies = []
+
+    def end(copy: str) -> None:
+        copies.append(copy)
+        client.end(moved)
+
+    between_the_exports(client, end)
+    with refused("NOSESSION"):
+        client.move(moved, "zoë")
+    for dead in (token, moved, *copies):
+        with refused("NOSESSION"):
+            client.pall(dead)
+    assert client.sessions("zoë") == []
+
+
+def between_the_exports(client: Client, event: Callable[[str], None]) -> None:
+    """Let this happen behind each enroll of a client, with the token of the new session."""
+
+    def enroll(*args: object, **options: object) -> str:
+        new = Client.enroll(client, *args, **options)  # type: ignore[arg-type]  # as they were given
+        event(new)
+        return new
+
+    client.enroll = enroll  # type: ignore[method-assign]  # that is the moment
 
 
 def test_a_retired_sign_key_verifies(client: Client, server: Server) -> None:
@@ -289,19 +1049,57 @@ def test_a_start_that_is_sent_again(client: Client) -> None:
         client.send_start(client.sign("A" * 16), 300, {}, repeated=b"1")
 
 
+def test_an_enroll_that_is_sent_again(client: Client) -> None:
+    """A repeated enroll leaves what the first made, opens what it did not, takes nobody's id."""
+    source = client.start(300, {"user": b"x"})
+    ids = [draw_in(slot_of(index_of("zoë"))) for _ in range(2)]
+    opened, given = client.sign(ids[0]), client.sign(ids[1], 1)
+    for token, args in (
+        (opened, (b"300", b"", b"", None, [b":user", b"x"])),
+        (given, (b"", b"", b"", source, list[bytes]())),
+    ):
+        for _ in range(2):
+            client.send_enroll(token, "zoë", *args, repeated=b"1")
+        with refused("IDTAKEN"):
+            client.send_enroll(token, "zoë", *args, repeated=b"0")
+        assert client.pget(token, "user") == b"x"
+    assert len(client.sessions("zoë")) == 2
+    with refused("NOSESSION"):
+        client.touch(source)
+
+
 @pytest.mark.parametrize("name", ["user", "cart"])
 def test_the_reply_of_another_request_is_refused(client: Client, name: str) -> None:
     """A dirty connection gives neither data nor an error of another session, and is dropped."""
     mine, other = client.start(300, {"user": b"mine"}), client.start(300, {"user": b"theirs"})
     assert client.pget(mine, "user") == b"mine"
-    session_id, fingerprint = client.verify(other)
-    key = b"sg-session:{%b}" % session_id.encode()
-    client.send(
-        b"EVALSHA", sha1(SCRIPTS["pget"]), b"1", key, b"another echo", fingerprint, field(name)
-    )
+    send_pget(client, other, field(name))
     with pytest.raises(LostReplyError):
         client.pget(mine, "user")
     assert client.pget(mine, "user") == b"mine"
+
+
+def send_pget(client: Client, token: str, *args: bytes) -> None:
+    """Leave a reply unread."""
+    session_id, _, fingerprint = client.verify(token)
+    key = key_of(session_id)
+    call = (b"EVALSHA", sha1(SCRIPTS["pget"]), b"1", key, b"another echo")
+    client.send(client.port, *call, fingerprint, *args)
+
+
+def test_an_error_without_an_echo_is_refused_unless_it_is_proven(
+    client: Client, server: Server
+) -> None:
+    """What broke off the script of another request is not taken for an answer."""
+    mine, other = client.start(300, {"user": b"mine"}), client.sign("A" * 16)
+    assert client.pget(mine, "user") == b"mine"
+    with server.client() as admin:
+        admin.set(key_of("A" * 16), "no hash")
+    send_pget(client, other, field("user"))
+    with pytest.raises(LostReplyError):
+        client.pget(mine, "user")
+    assert client.pget(mine, "user") == b"mine"
+    assert client.connections == 2
 
 
 @pytest.mark.parametrize("length", [1, 12, 40])
@@ -315,7 +1113,7 @@ def test_resp3_gives_the_same_replies(client: Client, server: Server) -> None:
     """With RESP3 a script's reply is the string or the error that RESP2 has."""
     if version(server) < 6:
         pytest.skip("RESP3 came with Redis 6")
-    session_id, fingerprint = client.verify(client.start(300, {"user": b"x"}))
+    session_id, _, fingerprint = client.verify(client.start(300, {"user": b"x"}))
     with Redis(port=server.port, protocol=3) as resp3:
         words = (
             "EVAL",
@@ -335,9 +1133,9 @@ def version(server: Server) -> int:
         return int(admin.info("server")["redis_version"].split(".")[0])
 
 
-def test_a_server_without_memory(own_server: Server) -> None:
+def test_a_server_without_memory(own_client: Client, own_server: Server) -> None:
     """OOM comes as the page shows it for the version, with the echo; nothing is written."""
-    client = Client(own_server.port, SIGN_KEY.encode())
+    client = own_client
     token = client.start(300, {"user": b"x"})
     with own_server.client() as admin:
         admin.config_set("maxmemory", 1)
@@ -346,49 +1144,85 @@ def test_a_server_without_memory(own_server: Server) -> None:
     new = client.sign("A" * 16)
     with refused("OOM"):
         client.send_start(new, 300, {}, repeated=b"0")
-    assert client.pget(token, "user") == b"x"
+    for operation, *args in (
+        (client.pset_if, "user", b"y"),
+        (client.pset_if, "user", b"y", b"", b"", 10),
+        (client.pset_many, {"user": b"y"}),
+        (client.pincr, "n"),
+        (client.renew,),
+        (client.renew, 10, "zoë"),
+        (client.move, "zoë"),
+        (client.import_fields, b":user", b"y"),
+    ):
+        with refused("OOM"):
+            operation(token, *args)
+    with refused("OOM"):
+        client.start(300, {"user": b"y"}, "zoë")
+    assert client.sessions("zoë") == []
+    assert client.pall(token) == {"user": b"x"}
     with refused("NOSESSION"):
         client.pget(new, "user")
     rows = table("Errors of the server")
     shown = rows["before Redis 7" if version(own_server) < 7 else "Redis 7 and later, Valkey"]
     expected = re.escape(shown.removesuffix(" <echo>")).replace("13", r"\d+")
     assert re.fullmatch(expected, str(caught.value))
-    client.drop()
 
 
-def test_a_server_that_became_a_replica(own_server: Server) -> None:
-    """READONLY comes from every script that writes, found as the page says, with the echo."""
-    client = Client(own_server.port, SIGN_KEY.encode())
-    token = client.start(300, {"user": b"x"})
+def test_a_server_that_became_a_replica(own_client: Client, own_server: Server) -> None:
+    """READONLY comes from every script that writes, found as the page says."""
+    client = own_client
+    token = client.start(300, {"user": b"x", "n": b"1"})
+    of_zoe = client.start(300, {}, "zoë")
+    used = client.start(300, {}, idle=1)
+    time.sleep(0.2)
     with own_server.client() as admin:
         admin.slaveof("127.0.0.1", 1)  # its name in Redis 4
     for operation, *args in (
         (client.expire, 300),
         (client.expire, 0),
+        (client.renew,),
+        (client.renew, 10, "zoë"),
         (client.pset, "user", b"y"),
+        (client.pset_if, "user", b"y"),
+        (client.pset_many, {"user": b"y"}),
         (client.pdel, "user"),
+        (client.pdel, "none"),
+        (client.ppop, "user"),
+        (client.pincr, "n"),
+        (client.export, b"1"),
+        (client.import_fields, b":user", b"y"),
         (client.end,),
     ):
         with refused("READONLY"):
             operation(token, *args)
+    for of_subject, *args in (
+        (client.sessions, "zoë"),
+        (client.end_all, "zoë"),
+        (client.end_one, "zoë", client.verify(of_zoe).session_id),
+    ):
+        with refused("READONLY"):
+            of_subject(*args)
+    for subject in (None, "zoë"):
+        with refused("READONLY"):
+            client.start(300, {}, subject)
     with refused("READONLY"):
-        client.start(300, {})
-    assert client.pget(token, "user") == b"x"
-    client.drop()
+        client.touch(used)  # use has to be written
+    assert client.pall(token) == {"user": b"x", "n": b"1"}
 
 
 def test_a_broken_off_script_has_no_echo(client: Client, server: Server) -> None:
-    """WRONGTYPE on a foreign Redis key answers without the echo, and costs the connection."""
+    """WRONGTYPE on a foreign Redis key answers without the echo, and `echo` proves it."""
     token = client.sign("A" * 16)
     with server.client() as admin:
-        admin.set("sg-session:{AAAAAAAAAAAAAAAA}", "no hash")
-    with pytest.raises(ServerError, match=r"WRONGTYPE"):
+        admin.set(key_of("A" * 16), "no hash")
+    with pytest.raises(BrokenOffError, match=r"WRONGTYPE"):
         client.pget(token, "user")
     with refused("IDTAKEN"):
         client.send_start(token, 300, {}, repeated=b"0")
+    assert client.connections == 1
 
 
-def test_the_commands_that_a_user_needs(own_server: Server) -> None:
+def test_the_commands_that_a_user_needs(own_client: Client, own_server: Server) -> None:
     """A user who may run the commands that the page lists, on its Redis keys, can do everything."""
     if version(own_server) < 6:
         pytest.skip("access control lists came with Redis 6")
@@ -397,9 +1231,8 @@ def test_the_commands_that_a_user_needs(own_server: Server) -> None:
             *("ACL", "SETUSER", "app", "on", ">password", "~sg-session:*", "-@all"),
             *(f"+{command.lower()}" for command in needed_commands()),
         )
-    client = Client(own_server.port, SIGN_KEY.encode(), login=("app", "password"))
-    all_operations(client)
-    client.drop()
+    own_client.login = ("app", "password")
+    all_operations(own_client)
 
 
 def needed_commands() -> set[str]:
@@ -411,37 +1244,70 @@ def needed_commands() -> set[str]:
 
 
 def test_the_worked_example() -> None:
-    """The worked example's values follow from its sign key and session id."""
+    """The worked example's values follow from its sign key, session id and subject."""
     shown = table("A worked example")
     sign_key, session_id = shown["sign key"].encode(), shown["session id"]
     mac = hmac.digest(sign_key, session_id.encode(), "sha256")
+    successor = f"v2.{session_id}.1"
+    second = hmac.digest(sign_key, successor.encode(), "sha256")
+    subject = shown["subject"]
     assert shown == {
         "sign key": sign_key.decode(),
+        "realm, in hex": realm(sign_key).hex(),
         "session id": session_id,
+        "Redis key": f"sg-session:{{{session_id}}}",
         "signature": mac.hex(),
         "token": f"v1.{session_id}.{mac.hex()}",
         "fingerprint, in hex": hashlib.sha256(mac).digest()[:16].hex(),
-        "Redis key": f"sg-session:{{{session_id}}}",
+        "signature, generation 1": second.hex(),
+        "token, generation 1": f"{successor}.{second.hex()}",
+        "its fingerprint, in hex": hashlib.sha256(second).digest()[:16].hex(),
+        "subject": subject,
+        "Redis key of its index": index_of(subject).decode(),
+        "slot of that one": str(slot_of(index_of(subject))),
     }
+    assert set("%{}") < set(subject)
     gate = SessionGate.from_url("memory://", sign_key=sign_key)
     assert gate.verify(shown["token"]) == session_id
+    assert gate.verify(shown["token, generation 1"]) == session_id
+    names = keyspace.Keyspace("sg-session", os.urandom)
+    assert names.index_key(subject.encode()) == index_of(subject)
+    assert keyspace.slot_of(index_of(subject)) == slot_of(index_of(subject))
 
 
-def test_the_regular_expression_is_the_librarys() -> None:
-    """What the page's expression matches whole, and only that, is a token to SessionGate."""
-    shown = table("Tokens")["regular expression"]
-    assert shown == TOKEN.pattern
-    good = table("A worked example")["token"]
-    gate = SessionGate.from_url("memory://", sign_key=table("A worked example")["sign key"])
+def test_every_slot_has_an_ending() -> None:
+    """As many endings as the page says carry 13 letters into a slot, whichever it is."""
+    free = draw(13)
+    endings = map("".join, itertools.product(LETTERS, repeat=3))
+    found = Counter(slot_of(key_of(free + ending)) for ending in endings)
+    assert len(found) == 16384
+    text = " ".join(section("The slot of a session with a subject").split())
+    assert f"of the {found.total()} endings {min(found.values())} to {max(found.values())}" in text
+
+
+@pytest.mark.parametrize("which", ["v1", "v2"])
+def test_the_regular_expressions_are_the_librarys(which: str) -> None:
+    """What an expression of the page matches whole, and only that, is a token to SessionGate."""
+    shown = table("Tokens")[f"regular expression, {which}"]
+    assert shown == {"v1": V1, "v2": V2}[which].pattern
+    example = table("A worked example")
+    good = example["token" if which == "v1" else "token, generation 1"]
+    gate = SessionGate.from_url("memory://", sign_key=example["sign key"])
+    signature = good.rpartition(".")[2]
     for text in (
         good,
         good.upper(),
-        good.replace("0cbd", "0CBD"),
+        good.replace(signature, signature.upper()),
         good.replace("c9eT", "c٩eT"),
         good.replace("c9eT", "c-eT"),
-        good.replace("v1", "v2"),
-        good.replace("v1", "V1"),
-        good.replace("v1.", "v1"),
+        good.replace(which, "v3"),
+        good.replace(which, which.upper()),
+        good.replace(f"{which}.", which),
+        good.replace("Mvk.", "Mvk.0"),
+        good.replace("Mvk.", "Mvk.+"),
+        good.replace("Mvk.", "Mvk.0."),
+        good.replace("Mvk.1", "Mvk.\N{ARABIC-INDIC DIGIT ONE}"),
+        good.replace("Mvk.1", "Mvk."),
         good + "\n",
         " " + good,
         good[:-1],
@@ -455,15 +1321,61 @@ def test_the_regular_expression_is_the_librarys() -> None:
         assert accepted == bool(re.fullmatch(shown, text)) == (text == good)
 
 
+def test_the_longest_generation_is_the_librarys() -> None:
+    """A generation has up to 18 digits, as the page says."""
+    client = Client(0, SIGN_KEY.encode())
+    gate = SessionGate.from_url("memory://", sign_key=SIGN_KEY)
+    token = client.sign("A" * 16, 10**18 - 1)
+    assert gate.verify(token) == client.verify(token).session_id == "A" * 16
+    assert f"86 to {len(token)} ASCII characters" in section("Tokens")
+    with pytest.raises(InvalidTokenError):
+        gate.verify(client.sign("A" * 16, 10**18))
+
+
 def test_the_limits_are_the_librarys() -> None:
     """The page's limits of arguments and of the prefix are those that the library checks."""
+    text = section("What Redis holds")
     limits = table("What Redis holds")
-    assert limits["ttl"].startswith(f"0 to {arguments.MAX_TTL_SECONDS} whole seconds (100 years)")
+    longest = f"{arguments.MAX_TTL_SECONDS} whole seconds"
+    assert limits["ttl"].startswith(f"0 to {longest} (100 years)")
+    assert limits["grace"] == "likewise"
+    assert limits["idle timeout"].startswith(f"1 to {longest}")
     assert limits["name"].startswith(f"1 to {arguments.MAX_NAME_BYTES} bytes of UTF-8")
     assert limits["data"].startswith(f"1 to {arguments.MAX_DATA_BYTES} bytes")
-    assert f"1 to {keyspace.MAX_PREFIX_BYTES} bytes of UTF-8 without braces" in section(
-        "What Redis holds"
+    assert limits["subject"].startswith(f"1 to {arguments.MAX_SUBJECT_BYTES} bytes of UTF-8")
+    assert limits["what is added to a counter"].startswith(f"{-(2**63)} to {2**63 - 1} (64 bits)")
+    assert f"1 to {keyspace.MAX_PREFIX_BYTES} bytes of UTF-8 without braces" in text
+
+
+def test_a_hash_holds_what_the_page_says(client: Client, server: Server) -> None:
+    """Fields of a session and the entry of its index have the lengths and contents of the page."""
+    first = client.start(300, {"a": b"1"}, "zoë", idle=100)
+    token = client.renew(client.renew(first))
+    client.pset_if(token, "timed", b"2", ttl=50)
+    client.pincr(token, "timed")
+    session_id, _, fingerprint = client.verify(token)
+    info = client.info(token)
+    now_ms = time.time() * 1000
+    with server.client() as admin:
+        held = {name.decode(): data for name, data in admin.hgetall(key_of(session_id)).items()}
+        ((listed, score),) = admin.zrange(index_of("zoë"), 0, -1, withscores=True)
+        assert 299_000 < admin.pttl(index_of("zoë")) <= 300_000
+    assert set(held) == {"fp", ":a", ";timed", "sub", "gen", "old"}
+    assert {"fp", "sub", "gen", "old", "sum", ":<name>", ";<name>"} <= set(
+        table("What Redis holds")
     )
+    assert held["fp"] == fingerprint + b"%d%d100" % (info.started_us, info.ends_ms)
+    assert 299_000 < info.ends_ms - now_ms <= 300_000
+    assert held["sub"] == realm(SIGN_KEY.encode()) + "zoë".encode()
+    assert held["gen"] == b"2"
+    earlier = [held["old"][at : at + 29] for at in range(0, len(held["old"]), 29)]
+    assert [old[:16] for old in earlier] == [
+        client.verify(older).fingerprint for older in (first, client.sign(session_id, 1))
+    ]
+    for end, seconds in (*((old[16:], 10) for old in earlier), (held[";timed"][:13], 50)):
+        assert (seconds - 1) * 1000 < int(end) - now_ms <= seconds * 1000
+    assert held[";timed"][13:] == b"3"
+    assert (listed, score) == (entry(info), info.ends_ms)
 
 
 def header_and_code(name: str) -> tuple[str, str]:
@@ -478,31 +1390,36 @@ def header_and_code(name: str) -> tuple[str, str]:
 def test_every_script_is_specified(name: str) -> None:
     """The page holds each script's header, and that tells all its Redis keys, ARGV and errors."""
     header, code = header_and_code(name)
-    assert header in section(name), f"the page does not hold the header of {name}.lua"
+    assert f"```lua\n{header}\n```" in section(name), f"not the header of {name}.lua"
     told = set(re.findall(r"^--   ((?:KEYS|ARGV)\[\d+(?:\.\.)?\])", header, re.MULTILINE))
     used = set(re.findall(r"(?:KEYS|ARGV)\[\d+\]", code))
-    used |= {f"ARGV[{first}..]" for first in re.findall(r"for i = (\d+), #ARGV", code)}
-    assert told == used
-    raised = set()
-    for error in re.findall(r"error_reply\((.*?)\)", code):
-        own = re.fullmatch(r"'([A-Z]+) ' \.\. echo", error)
-        assert own or re.fullmatch(r"\w+\.err \.\. ' ' \.\. echo", error), f"no echo: {error}"
-        raised |= {own[1]} if own else set()
-    errors = re.search(r" Errors: ([A-Z, ]+)\.$", header)
-    assert set(errors[1].split(", ") if errors else ()) == raised
-    assert raised <= set(table("The scripts"))
+    used |= {
+        f"ARGV[{first}..]" for first in re.findall(r"for i = (\d+), (?:#ARGV|\d+ \+ realms)", code)
+    }
+    used |= {f"KEYS[{first}..]" for first in re.findall(r"for i = (\d+), #KEYS", code)}
+    if name == "enroll":
+        used |= {"KEYS[3..]"}  # its last ones, as many as were listed
+        assert "#KEYS - listed" in code
+    # A first one of several may be used by itself.
+    assert used - {name.replace("..", "") for name in told if ".." in name} <= told <= used
+    for error in re.findall(r"error_reply\((.*)\)", code):
+        assert re.search(r"(?:' '|\b[A-Z]+ ') \.\. echo(?:$|\))", error), f"no echo: {error}"
+    errors = re.search(r" Errors: ([^.]+)\.$", header)
+    assert set(re.findall(r"[A-Z]{5,}", errors[1] if errors else "")) == raised(name)
+
+
+def raised(name: str) -> set[str]:
+    """The codes of a script's own errors."""
+    others = r"redis\.p?call\('[A-Z]+'|'WITHSCORES'"
+    return set(re.findall(r"'([A-Z]{5,}) ?'", re.sub(others, "", header_and_code(name)[1])))
 
 
 def test_nothing_is_specified_that_is_not_there() -> None:
     """The page has a section for no other script, and no other error."""
     names = re.findall(r"^### (\w+)$", PAGE.partition("## The scripts")[2], re.MULTILINE)
     assert sorted(names) == sorted(SCRIPTS)
-    raised = {
-        code
-        for source in SCRIPTS.values()
-        for code in re.findall(r"error_reply\('([A-Z]+) ", source.decode())
-    }
-    assert set(table("The scripts")) - {"code", "---"} == raised
+    listed = set(table("The scripts")) - {"code", "---"}
+    assert listed == set.union(*map(raised, SCRIPTS)) == CODES
 
 
 def test_the_commands_are_those_that_the_scripts_call() -> None:

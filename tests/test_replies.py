@@ -11,6 +11,7 @@ from typing import cast
 
 import pytest
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import (
     ConnectionError,
     OutOfMemoryError,
@@ -22,7 +23,7 @@ from redis.exceptions import (
 from sessiongate import PayloadNotFoundError, SessionGate, SessionNotFoundError, wire
 from sessiongate.lane import Lane
 
-from .conftest import SIGN_KEY, Backend, Blocking, Flavour
+from .conftest import SIGN_KEY, Backend, Blocking, Flavour, pool_of
 from .proxy import Proxy
 from .servers import Server
 
@@ -42,7 +43,7 @@ def paused(server: Server, seconds: float) -> Iterator[None]:
 def soil(flavour: Flavour, gate: SessionGate, *command: object) -> None:
     """Leave a reply unread on the connection that the gate uses next, as if interrupted."""
     if not flavour.is_async:
-        pool = gate._client.connection_pool
+        pool = pool_of(gate._client)
         connection = pool.get_connection()
         connection.send_command(*command)
         pool.release(connection)
@@ -53,6 +54,7 @@ def soil(flavour: Flavour, gate: SessionGate, *command: object) -> None:
         if isinstance(awaited._channel, Lane):
             await awaited._channel._connection.send_command(*command)
             return
+        assert isinstance(awaited._client, AsyncRedis)
         pool = awaited._client.connection_pool
         connection = await pool.get_connection()
         await connection.send_command(*command)

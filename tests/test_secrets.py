@@ -18,15 +18,36 @@ KEY = "sign-key-that-must-not-leak-anywhere"
 DATA = "payload-that-must-not-leak-anywhere"
 
 
-def run_everything(gate: SessionGate) -> tuple[str, list[BaseException]]:
-    """Every operation once well and once refused; the token and the errors."""
+def run_everything(gate: SessionGate) -> tuple[list[str], list[BaseException]]:
+    """Every operation once well and once refused; the tokens and the errors."""
     token = gate.start(300, {"user": DATA})
     gate.pset(token, "cart", DATA)
+    gate.pset(token, "cart", DATA, if_match=DATA)
+    gate.pset(token, "code", DATA, if_absent=True, ttl=100)
+    gate.pset_many(token, {"lang": DATA, "flash": DATA})
     gate.pget(token, "user")
+    gate.pget_many(token, ["user", "code"])
+    gate.pall(token)
+    gate.ppop(token, "flash")
     gate.pdel(token, "user")
+    gate.pincr(token, "visits")
+    gate.touch(token)
+    gate.info(token)
     gate.expire(token, 200)
-    gate.end(token)
+    successor = gate.renew(token)
+    gate.renew(token)
+    first = gate.start(300, {"user": DATA}, subject="alice", idle_timeout=100)
+    signed_in = gate.renew(successor, subject="alice")
+    signed_in_again = gate.renew(signed_in, subject="bob")
+    gate.expire(first, 200)
+    gate.sessions("alice")
+    gate.end_one("bob", gate.verify(signed_in_again))
+    second = gate.start(300, subject="alice")
+    gate.end_all("alice", keep=second)
+    gate.end(second)
+    tokens = [token, successor, first, signed_in, signed_in_again, second]
     changed = token[:-1] + ("1" if token[-1] == "0" else "0")
+    open_ = gate.start(300, {"user": DATA})
     errors: list[BaseException] = []
     for call in (
         lambda: gate.pget(token, "user"),
@@ -37,11 +58,29 @@ def run_everything(gate: SessionGate) -> tuple[str, list[BaseException]]:
         lambda: gate.pset(token, "user", DATA + "\ud800"),
         lambda: gate.start(300, {"user": DATA, "cart": [DATA]}),  # type: ignore[dict-item]  # what a type checker would refuse
         lambda: gate.start(-1, {"user": DATA}),
+        lambda: gate.pset(open_, "user", DATA, if_absent=True),
+        lambda: gate.pset(open_, "user", DATA, if_match=DATA + "x"),
+        lambda: gate.pset(open_, "user", DATA, if_match=DATA + "\ud800"),
+        lambda: gate.pset(open_, "user", DATA, ttl=-1),
+        lambda: gate.pset_many(open_, {"user": DATA, "": DATA}),
+        lambda: gate.pset_many(signed_in, {"user": DATA}),
+        lambda: gate.pincr(open_, "user"),
+        lambda: gate.pall(first),
+        lambda: gate.pget_many(second, ["user"]),
+        lambda: gate.ppop(open_, "nothing"),
+        lambda: gate.touch(signed_in),
+        lambda: gate.info(successor),
+        lambda: gate.renew(signed_in),
+        lambda: gate.renew(signed_in, subject="alice"),
+        lambda: gate.start(300, {"user": DATA}, subject="alice\ud800"),
+        lambda: gate.end_all("alice", keep=changed),
+        lambda: gate.end_one("alice", first),
     ):
         with pytest.raises(SessionGateError) as caught:
             call()
         errors.append(caught.value)
-    return token, errors
+    gate.end(open_)
+    return [*tokens, open_], errors
 
 
 def test_redis_sees_no_sign_key_signature_or_token(flavour: Flavour, server: Server) -> None:
@@ -64,8 +103,8 @@ def test_redis_sees_no_sign_key_signature_or_token(flavour: Flavour, server: Ser
     watcher.start()
     ready.wait()
     gate = flavour.gate(flavour.client(server.port), KEY)
-    token, _ = run_everything(gate)
-    alive = gate.start(300)
+    tokens, _ = run_everything(gate)
+    alive = gate.renew(gate.start(300, subject="alice", idle_timeout=100))
     dump = client.dump(f"sg-session:{{{gate.verify(alive)}}}")
     assert dump
     client.echo("that is all")
@@ -73,8 +112,11 @@ def test_redis_sees_no_sign_key_signature_or_token(flavour: Flavour, server: Ser
     client.config_set("slowlog-log-slower-than", str(slower_than["slowlog-log-slower-than"]))
     log = b"\n".join(entry["command"] for entry in client.slowlog_get(1_000))
     assert b"EVALSHA" in log
-    assert any(gate.verify(token) in command for command in seen)
-    for secret in (KEY, token, token[20:], alive, alive[20:]):
+    assert any(gate.verify(tokens[0]) in command for command in seen)
+    secrets = [KEY]
+    for token in (*tokens, alive):
+        secrets += (token, token[-64:])
+    for secret in secrets:
         raw = bytes.fromhex(secret) if len(secret) == 64 else b"\0" * 99
         for text in ("\n".join(seen).encode(), log, repr(dump).encode(), dump):
             assert secret.encode() not in text
@@ -84,18 +126,18 @@ def test_redis_sees_no_sign_key_signature_or_token(flavour: Flavour, server: Ser
 def test_errors_and_tracebacks_hold_no_secret(backend: Backend) -> None:
     """No error of ours, nor its traceback, nor what led to it, holds key, token or data."""
     gate = backend.gate(KEY)
-    token, errors = run_everything(gate)
+    tokens, errors = run_everything(gate)
     for error in errors:
         chain: BaseException | None = error
         while chain is not None:
             for text in (str(chain), repr(chain), *map(repr, vars(chain).values())):
-                assert_no_secret(text, token)
+                assert_no_secret(text, *tokens)
             chain = chain.__cause__ or chain.__context__
-        assert_no_secret("".join(traceback.format_exception(error)), token)
+        assert_no_secret("".join(traceback.format_exception(error)), *tokens)
 
 
-def assert_no_secret(text: str, token: str) -> None:
-    for secret in (KEY, DATA, token[20:]):
+def assert_no_secret(text: str, *tokens: str) -> None:
+    for secret in (KEY, DATA, *(token[-64:] for token in tokens)):
         assert secret not in text
 
 
@@ -105,7 +147,12 @@ def test_reprs_hold_no_secret(backend: Backend) -> None:
     token = gate.start(300, {"user": DATA})
     commands = gate._commands
     command = commands.pset(token, "user", DATA)
-    for thing in (gate, commands, commands._ring, commands._keyspace, command, command.script):
+    for thing in (
+        *(gate, commands, commands._ring, commands._keyspace, commands._subjects),
+        *(command, command.script, commands.renew(token, 10, None), commands.sessions("alice")),
+        *(commands.start(300, {"user": DATA}, "alice", 100), commands.renew(token, 10, "alice")),
+        *(commands.pset_many(token, {"user": DATA}), commands.end_all("alice", token)),
+    ):
         assert_no_secret(repr(thing), token)
     assert repr(gate) == "<SessionGate prefix='sg-session'>"
     assert repr(command) == "<Command pset>"
@@ -166,9 +213,9 @@ def test_a_failed_call_keeps_nothing_alive(backend: Backend) -> None:
 def test_nothing_is_logged(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
     """With every logger at DEBUG, no record holds a secret."""
     caplog.set_level(logging.DEBUG)
-    token, _ = run_everything(backend.gate(KEY))
+    tokens, _ = run_everything(backend.gate(KEY))
     for record in caplog.records:
-        assert_no_secret(record.getMessage(), token)
+        assert_no_secret(record.getMessage(), *tokens)
 
 
 def test_a_url_with_a_password_is_not_shown() -> None:

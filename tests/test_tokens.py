@@ -28,6 +28,7 @@ KEY = b"k" * 32
 RING = SignKeyRing(KEY)
 ID = "Ab0123456789zZ9a"
 TOKEN, FINGERPRINT = RING.sign(ID)
+SUCCESSOR, _ = RING.sign(ID, 42)
 HEX = "0123456789abcdef"
 
 ids = st.text(string.ascii_letters + string.digits, min_size=16, max_size=16)
@@ -57,39 +58,67 @@ def test_a_signature_is_the_hmac_of_the_id(session_id: str, key: bytes) -> None:
     signature = hmac.digest(key, session_id.encode(), "sha256")
     assert token == f"v1.{session_id}.{signature.hex()}"
     assert fingerprint == hashlib.sha256(signature).digest()[:16]
-    assert ring.verify(token) == (session_id, fingerprint)
-    assert ring.verify(token.encode()) == (session_id, fingerprint)
+    assert ring.verify(token) == (session_id, fingerprint, 0)
+    assert ring.verify(token.encode()) == (session_id, fingerprint, 0)
 
 
-def test_every_change_of_one_character_is_refused() -> None:
+@given(ids, st.integers(1, 10**18 - 1), st.binary(min_size=32, max_size=200).filter(any))
+@example(ID, 1, b"k" * 64)
+@example(ID, 10**18 - 1, b"k" * 65)
+def test_the_signature_of_a_successor(session_id: str, generation: int, key: bytes) -> None:
+    """A renewed token is `v2.<id>.<generation>.` and the HMAC-SHA256 of all before the last dot."""
+    ring = SignKeyRing(key)
+    token, fingerprint = ring.sign(session_id, generation)
+    signature = hmac.digest(key, f"v2.{session_id}.{generation}".encode(), "sha256")
+    assert token == f"v2.{session_id}.{generation}.{signature.hex()}"
+    assert fingerprint == hashlib.sha256(signature).digest()[:16]
+    assert ring.verify(token) == (session_id, fingerprint, generation)
+    assert ring.verify(token.encode()) == (session_id, fingerprint, generation)
+
+
+@pytest.mark.parametrize("token", [TOKEN, SUCCESSOR])
+def test_every_change_of_one_character_is_refused(token: str) -> None:
     """No token that differs in one character, whatever character, is accepted."""
     alphabet = [chr(code) for code in range(256)] + ["\u0660", "\uff11", "\ud800", "\U0001d7d8"]
-    for place, original in enumerate(TOKEN):
+    for place, original in enumerate(token):
         for character in alphabet:
             if character != original:
-                changed = TOKEN[:place] + character + TOKEN[place + 1 :]
+                changed = token[:place] + character + token[place + 1 :]
                 with pytest.raises(InvalidTokenError):
                     RING.verify(changed)
 
 
-def test_a_change_is_called_what_it_is() -> None:
+@pytest.mark.parametrize("token", [TOKEN, SUCCESSOR])
+def test_every_character_less_or_more_is_refused(token: str) -> None:
+    """No token that lacks one character or has one more, wherever, is accepted."""
+    for place in range(len(token) + 1):
+        if place < len(token):
+            with pytest.raises(InvalidTokenError):
+                RING.verify(token[:place] + token[place + 1 :])
+        for character in "0A. \n\0\u0660":
+            with pytest.raises(InvalidTokenError):
+                RING.verify(token[:place] + character + token[place:])
+
+
+@pytest.mark.parametrize("token", [TOKEN, SUCCESSOR])
+def test_a_change_is_called_what_it_is(token: str) -> None:
     """A change within the spelling is a bad signature; one that leaves it is malformed."""
-    for place, original in enumerate(TOKEN):
+    for place, original in enumerate(token):
         if original == ".":
             continue
         other = "1" if original != "1" else "2"
         expected = MalformedTokenError if place < 3 else BadSignatureError
         with pytest.raises(expected):
-            RING.verify(TOKEN[:place] + other + TOKEN[place + 1 :])
+            RING.verify(token[:place] + other + token[place + 1 :])
 
 
-@pytest.mark.parametrize("length", range(len(TOKEN) + 20))
-def test_every_other_length_is_malformed(length: int) -> None:
+@pytest.mark.parametrize("token", [TOKEN, SUCCESSOR])
+def test_every_other_length_is_malformed(token: str) -> None:
     """A token cut short or made longer is malformed at every length."""
-    if length == len(TOKEN):
-        return
-    with pytest.raises(MalformedTokenError):
-        RING.verify((TOKEN + "0" * 20)[:length])
+    for length in range(len(token) + 20):
+        if length != len(token):
+            with pytest.raises(MalformedTokenError):
+                RING.verify((token + "0" * 20)[:length])
 
 
 @pytest.mark.parametrize(
@@ -126,6 +155,87 @@ def test_one_spelling_only(token: str) -> None:
         RING.verify(token.encode())
 
 
+@pytest.mark.parametrize(
+    "generation",
+    [
+        "0",
+        "00",
+        "042",
+        "0042",
+        "+42",
+        "-42",
+        " 42",
+        "42 ",
+        "42\n",
+        "4_2",
+        "42.0",
+        "4e1",
+        "0x2a",
+        "",
+        "\u0664\u0662",
+        "\uff14\uff12",
+        "4\u00b2",
+        "9" * 19,
+        "1" + "0" * 18,
+        "9" * 5_000,
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_one_spelling_of_a_generation(generation: str) -> None:
+    """Zero, leading zeros, signs, white space, other digits and over 18 of them: all malformed."""
+    message = f"v2.{ID}.{generation}".encode()
+    signed = f"v2.{ID}.{generation}.{hmac.digest(KEY, message, 'sha256').hex()}"
+    for token in (signed, SUCCESSOR.replace(".42.", f".{generation}.")):
+        with pytest.raises(MalformedTokenError):
+            RING.verify(token)
+        with pytest.raises(MalformedTokenError):
+            RING.verify(token.encode())
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        SUCCESSOR + "\n",
+        "\n" + SUCCESSOR,
+        SUCCESSOR + "\0",
+        SUCCESSOR.upper(),
+        SUCCESSOR.replace("v2", "V2"),
+        SUCCESSOR.replace("v2", "v1"),
+        SUCCESSOR.replace("v2", "v3"),
+        SUCCESSOR.replace("v2", "v\u0662"),
+        SUCCESSOR.replace(".", "?"),
+        SUCCESSOR.replace(".", "\uff0e"),
+        SUCCESSOR.replace(".42", ""),
+        SUCCESSOR.replace(".42", ".4.2"),
+        SUCCESSOR[:-64] + SUCCESSOR[-64:].upper(),
+        SUCCESSOR.replace(ID, ID[:-1] + "\u00e9"),
+        SUCCESSOR.replace(ID, ""),
+        SUCCESSOR[:-64],
+    ],
+    ids=lambda token: repr(token[:30]),
+)
+def test_one_spelling_of_a_successor(token: str) -> None:
+    """Of a renewed token too other case, newlines, NUL, dots and Unicode are malformed."""
+    with pytest.raises(MalformedTokenError):
+        RING.verify(token)
+    with pytest.raises(MalformedTokenError):
+        RING.verify(token.encode())
+
+
+def test_versions_and_generations_do_not_share_signatures() -> None:
+    """The signature of one generation is none of another, nor of the session's first token."""
+    signatures = [RING.sign(ID, generation)[0][-64:] for generation in range(12)]
+    assert len(set(signatures)) == 12
+    for generation, signature in enumerate(signatures):
+        for other in range(1, 12):
+            if other != generation:
+                with pytest.raises(BadSignatureError):
+                    RING.verify(f"v2.{ID}.{other}.{signature}")
+        if generation:
+            with pytest.raises(BadSignatureError):
+                RING.verify(f"v1.{ID}.{signature}")
+
+
 @given(
     st.one_of(
         st.none(),
@@ -142,8 +252,16 @@ def test_what_is_neither_str_nor_bytes_is_malformed(token: object) -> None:
         RING.verify(token)  # type: ignore[arg-type]  # what a type checker would refuse
 
 
-@given(st.one_of(st.text(), st.text(alphabet="v1." + HEX, min_size=80, max_size=90), st.binary()))
+@given(
+    st.one_of(
+        st.text(),
+        st.text(alphabet="v1." + HEX, min_size=80, max_size=90),
+        st.binary(),
+        st.from_regex(r"v2\.[A-Za-z0-9]{16}\.[0-9]{1,20}\.[0-9a-f]{64}", fullmatch=True),
+    )
+)
 @example("v1." + "A" * 16 + "." + "0" * 64)
+@example("v2." + "A" * 16 + ".1." + "0" * 64)
 def test_nothing_made_up_is_accepted(token: str | bytes) -> None:
     """No text or bytes that were not signed are accepted, and all are refused as tokens."""
     with pytest.raises(InvalidTokenError):
@@ -164,6 +282,29 @@ def test_a_ring_signs_with_its_first_key_and_verifies_with_all() -> None:
     ring = SignKeyRing([b"new " * 8, b"old " * 8])
     assert ring.sign(ID) == new.sign(ID)
     assert ring.verify(old.sign(ID)[0]) == old.verify(old.sign(ID)[0])
+    assert ring.sign(ID, 42) == new.sign(ID, 42)
+    assert ring.verify(old.sign(ID, 42)[0]) == old.verify(old.sign(ID, 42)[0])
+
+
+def test_a_ring_finds_the_token_of_a_fingerprint() -> None:
+    """Whichever key of the ring signed it, a token is found by its fingerprint, and no other."""
+    ring = SignKeyRing([b"new " * 8, b"old " * 8])
+    for key in (b"new " * 8, b"old " * 8):
+        token, fingerprint = SignKeyRing(key).sign(ID, 42)
+        assert ring.token_of(fingerprint, ID, 42) == token
+        for session_id, generation in ((ID, 41), (ID[::-1], 42)):
+            with pytest.raises(BadSignatureError):
+                ring.token_of(fingerprint, session_id, generation)
+    with pytest.raises(BadSignatureError):
+        ring.token_of(RING.sign(ID, 42)[1], ID, 42)
+
+
+def test_realms_tell_sign_keys_apart() -> None:
+    """Each key of a ring has a realm of 8 bytes, the same in every ring that it is in."""
+    ring = SignKeyRing([b"new " * 8, b"old " * 8])
+    assert ring.realms == (*SignKeyRing(b"new " * 8).realms, *SignKeyRing(b"old " * 8).realms)
+    assert len(set(ring.realms)) == 2
+    assert {len(realm) for realm in ring.realms} == {8}
 
 
 def test_text_and_bytes_are_the_same_key() -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sessiongate import scripts, wire
-from sessiongate.commands import Command
+from sessiongate.command import Command
 
 words = st.one_of(st.binary(max_size=40), st.integers(65_530, 65_540).map(lambda size: b"x" * size))
 

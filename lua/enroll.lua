@@ -1,0 +1,166 @@
+-- Opens a session of a subject, or gives a subject one that is open, under a new id. Never touches a
+-- session that is there already under that id.
+--   KEYS[1]    the new session's hash
+--   KEYS[2]    the subject's index
+--   KEYS[3]    the hash of the session that is open, if ARGV[9] is given
+--   KEYS[3..]  or KEYS[4..]: the sessions' hashes, as this script listed them
+--   ARGV[1]    echo, returned in every reply
+--   ARGV[2]    fingerprint of the new token, 16 bytes
+--   ARGV[3]    ttl: seconds from now; 0 stores nothing. '' with ARGV[9]
+--   ARGV[4]    '1' if this same call was sent before and may have run, else '0'
+--   ARGV[5]    idle timeout: whole seconds, or '' for none. '' with ARGV[9]
+--   ARGV[6]    the new session's id
+--   ARGV[7]    when it was started: 16 digits of microseconds since 1970, or '' for now
+--   ARGV[8]    generation of the new token
+--   ARGV[9]    fingerprint of the token of the session that is open, or ''
+--   ARGV[10]   the id of that one, or ''
+--   ARGV[11]   how many live sessions the subject may have, this one included; 0 for any number
+--   ARGV[12]   '1' if the oldest have to go for it, '0' if it is to be refused
+--   ARGV[13]   how many realms there are
+--   ARGV[14]   how many sessions were listed
+--   ARGV[15..] each realm .. the subject, the new session's first; then the index entry of each session
+--              that was listed; then payload field, its data, and so on
+-- Returns echo; or, if it has to know which sessions of the index are live, echo .. the index entry of
+-- each, 32 bytes, and nothing was done. Errors: IDTAKEN, NOSESSION, TOOMANY.
+local echo, successor, ttl, repeated, idle = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
+local new, index, id, started, generation = KEYS[1], KEYS[2], ARGV[6], ARGV[7], ARGV[8]
+local session, fingerprint, session_id = nil, ARGV[9], ARGV[10]
+local limit, evicts = tonumber(ARGV[11]), ARGV[12]
+local realms, listed = tonumber(ARGV[13]), tonumber(ARGV[14])
+local grows = true -- whether it may take memory
+
+-- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
+-- writes after TIME if it does.
+if redis.replicate_commands then redis.replicate_commands() end
+
+if redis.call('EXISTS', new) == 1 then
+  local there = repeated == '1' and redis.call('HGET', new, 'fp')
+  if there and string.sub(there, 1, 16) == successor then return echo end
+  return redis.error_reply('IDTAKEN ' .. echo)
+end
+if ttl and ttl <= 0 then return echo end
+
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local ends, own
+if fingerprint ~= '' then
+  session = KEYS[3]
+  own = redis.call('HGET', session, 'fp')
+  -- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.
+  if not own or #own > 32 or string.sub(own, 1, 16) ~= fingerprint then
+    if redis.replicate_commands then redis.replicate_commands() end
+    local time = redis.call('TIME')
+    local now = time[1] * 1000 + math.floor(time[2] / 1000)
+    local opens = own and string.sub(own, 1, 16) == fingerprint
+    local old = own and not opens and redis.call('HGET', session, 'old') or ''
+    for at = 1, #old, 29 do
+      local grace_ends = tonumber(string.sub(old, at + 16, at + 28))
+      opens = opens or string.sub(old, at, at + 15) == fingerprint and now < grace_ends
+    end
+    if not opens then return redis.error_reply('NOSESSION ' .. echo) end
+    local idle, left = tonumber(string.sub(own, 46)), redis.call('PTTL', session)
+    if idle and left <= idle * 900 then
+      local ends = math.min(tonumber(string.sub(own, 33, 45)), now + idle * 1000)
+      if ends > now + left + 10 then
+        -- A full server refuses no write but a script's first: let that be one that it would refuse.
+        local kept = grows and redis.pcall('HSET', session, 'fp', own) or 0
+        if kept == 1 then redis.call('DEL', session) end -- it had just evicted the session
+        local used = kept
+        if kept == 0 then used = redis.pcall('PEXPIREAT', session, string.format('%.0f', ends)) end
+        if used == 0 or kept == 1 then return redis.error_reply('NOSESSION ' .. echo) end
+        if used ~= 1 then return redis.error_reply(used.err .. ' ' .. echo) end
+      end
+    end
+  end
+  started = string.sub(own, 17, 32)
+  ends = tonumber(string.sub(own, 33, 45)) or now + redis.call('PTTL', session)
+  own = successor .. string.sub(own, 17)
+else
+  if started == '' then started = string.format('%010.0f%06.0f', time[1], time[2]) end
+  ends = now + ttl * 1000
+  own = successor .. started
+  if idle ~= '' then own = own .. string.format('%013.0f', ends) .. idle end
+end
+
+-- Is there room? What is not among KEYS may be dead or alive; to look, it has to be.
+local since = string.format('%.0f', now)
+local count = redis.call('ZCOUNT', index, since, '+inf')
+local live, dead, excess = {}, {}, 0
+local full = limit > 0 and count >= limit
+-- Without a limit too the index must not fill with sessions that ended: at 16 entries, 32, 64 ...
+local due = 16
+while due <= count do due = due * 2 end
+due = listed == 0 and due == count + 1
+if full or due or listed > 0 then
+  local keys, first = {}, #KEYS - listed
+  for i = 1, listed do keys[ARGV[14 + realms + i]] = KEYS[first + i] end
+  local ours, entries, unknown = {}, redis.call('ZRANGEBYSCORE', index, since, '+inf'), 0
+  for i = 15, 14 + realms do ours[ARGV[i]] = true end
+  for _, entry in ipairs(entries) do
+    if string.sub(entry, 17) ~= session_id then
+      local sub = keys[entry] and redis.call('HGET', keys[entry], 'sub')
+      if not keys[entry] then
+        unknown = unknown + 1
+      elseif not sub then
+        dead[#dead + 1] = entry
+      elseif ours[sub] then
+        live[#live + 1] = entry
+      end
+    end
+  end
+  if unknown > 0 and (due or full and #live + unknown >= limit) then
+    return echo .. table.concat(entries)
+  end
+  if full and #live >= limit then
+    if evicts == '0' then return redis.error_reply('TOOMANY ' .. echo) end
+    excess = #live - limit + 1
+    table.sort(live)
+    for i = 1, excess do live[i] = {live[i], keys[live[i]]} end
+  end
+end
+
+-- All that can fail comes first, or is undone.
+local entry = started .. id
+local written = redis.pcall('ZADD', index, string.format('%.0f', ends), entry)
+if type(written) == 'table' then return redis.error_reply(written.err .. ' ' .. echo) end
+if session then
+  -- Redis before 6 evicts inside a script, before its first write: that very session perhaps.
+  written = redis.call('EXISTS', session) == 1 and redis.pcall('RENAME', session, new)
+  if not written or written.err then
+    redis.call('ZREM', index, entry)
+    return redis.error_reply((written and written.err or 'NOSESSION') .. ' ' .. echo)
+  end
+  redis.call('HSET', new, 'fp', own, 'sub', ARGV[15])
+  redis.call('HDEL', new, 'old')
+  redis.call('ZREM', index, started .. session_id)
+else
+  written = redis.pcall('HSET', new, 'fp', own, 'sub', ARGV[15])
+  local expires = written
+  if written == 2 then
+    local first = ends
+    if idle ~= '' then first = math.min(ends, now + tonumber(idle) * 1000) end
+    expires = redis.pcall('PEXPIREAT', new, string.format('%.0f', first))
+  end
+  if expires ~= 1 then
+    redis.call('ZREM', index, entry)
+    if written == 2 and redis.pcall('DEL', new) ~= 1 then redis.pcall('HDEL', new, 'fp', 'sub') end
+    return redis.error_reply(expires.err .. ' ' .. echo)
+  end
+end
+if generation ~= '0' then redis.call('HSET', new, 'gen', generation) end
+for i = 15 + realms + listed, #ARGV, 2 do redis.call('HSET', new, ARGV[i], ARGV[i + 1]) end
+redis.call('ZREMRANGEBYSCORE', index, '-inf', '(' .. since)
+for _, gone in ipairs(dead) do redis.call('ZREM', index, gone) end
+for i = 1, excess do
+  redis.call('UNLINK', live[i][2])
+  redis.call('ZREM', index, live[i][1])
+end
+if listed == 0 and not session and now + redis.call('PTTL', index) <= ends then
+  -- By far the most frequent: nothing went, and the new session ends last.
+  redis.call('PEXPIREAT', index, string.format('%.0f', ends))
+  return echo
+end
+-- (alike in every script) The index ends with the last of its sessions.
+local last = redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2]
+if last then redis.call('PEXPIREAT', index, last) end
+return echo

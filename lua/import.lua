@@ -1,0 +1,53 @@
+-- Makes the payloads of a session what they became in the slot that it came from.
+--   KEYS[1]   the session's hash
+--   ARGV[1]   echo, returned in every reply
+--   ARGV[2]   fingerprint of the token
+--   ARGV[3..] payload field and what stands there, and so on: all that `export` returned
+-- Returns echo. Errors: NOSESSION.
+local session, echo, fingerprint = KEYS[1], ARGV[1], ARGV[2]
+local grows = true -- whether it may take memory
+
+local own = redis.call('HGET', session, 'fp')
+-- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.
+if not own or #own > 32 or string.sub(own, 1, 16) ~= fingerprint then
+  if redis.replicate_commands then redis.replicate_commands() end
+  local time = redis.call('TIME')
+  local now = time[1] * 1000 + math.floor(time[2] / 1000)
+  local opens = own and string.sub(own, 1, 16) == fingerprint
+  local old = own and not opens and redis.call('HGET', session, 'old') or ''
+  for at = 1, #old, 29 do
+    local grace_ends = tonumber(string.sub(old, at + 16, at + 28))
+    opens = opens or string.sub(old, at, at + 15) == fingerprint and now < grace_ends
+  end
+  if not opens then return redis.error_reply('NOSESSION ' .. echo) end
+  local idle, left = tonumber(string.sub(own, 46)), redis.call('PTTL', session)
+  if idle and left <= idle * 900 then
+    local ends = math.min(tonumber(string.sub(own, 33, 45)), now + idle * 1000)
+    if ends > now + left + 10 then
+      -- A full server refuses no write but a script's first: let that be one that it would refuse.
+      local kept = grows and redis.pcall('HSET', session, 'fp', own) or 0
+      if kept == 1 then redis.call('DEL', session) end -- it had just evicted the session
+      local used = kept
+      if kept == 0 then used = redis.pcall('PEXPIREAT', session, string.format('%.0f', ends)) end
+      if used == 0 or kept == 1 then return redis.error_reply('NOSESSION ' .. echo) end
+      if used ~= 1 then return redis.error_reply(used.err .. ' ' .. echo) end
+    end
+  end
+end
+local kept = {}
+for i = 3, #ARGV, 2 do
+  kept[ARGV[i]] = true
+  local written = redis.pcall('HSET', session, ARGV[i], ARGV[i + 1])
+  if written ~= 0 and written ~= 1 then return redis.error_reply(written.err .. ' ' .. echo) end
+  -- Redis before 6 evicts inside a script, before its first write: if it took this very session, what
+  -- stands there now is a payload alone, without an end.
+  if i == 3 and redis.call('HEXISTS', session, 'fp') == 0 then
+    redis.call('DEL', session)
+    return redis.error_reply('NOSESSION ' .. echo)
+  end
+end
+for _, field in ipairs(redis.call('HKEYS', session)) do
+  local kind = string.sub(field, 1, 1)
+  if (kind == ':' or kind == ';') and not kept[field] then redis.call('HDEL', session, field) end
+end
+return echo

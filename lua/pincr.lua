@@ -1,0 +1,82 @@
+-- Adds to a counter: a payload that is a decimal number of 64 bits. One that is missing is 0.
+--   KEYS[1]  the session's hash
+--   ARGV[1]  echo, returned in every reply
+--   ARGV[2]  fingerprint of the token
+--   ARGV[3]  payload field
+--   ARGV[4]  what to add: a decimal number of 64 bits
+-- Returns echo .. the sum. Errors: NOSESSION, NOCOUNTER, OVERFLOW.
+local session, echo, fingerprint, field, by = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local timed_field = ';' .. string.sub(field, 2)
+local grows = true -- whether it may take memory
+
+-- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
+-- writes after TIME if it does.
+if redis.replicate_commands then redis.replicate_commands() end
+
+-- (alike in every script) A payload with an end of its own stands under another field, behind that end.
+local function timed_payload(name)
+  local timed = redis.call('HGET', session, ';' .. name)
+  if not timed then return nil end
+  local time = redis.call('TIME')
+  local live = time[1] * 1000 + math.floor(time[2] / 1000) < tonumber(string.sub(timed, 1, 13))
+  return live and string.sub(timed, 14) or nil
+end
+
+local found = redis.call('HMGET', session, 'fp', field, timed_field)
+local own, timed = found[1], not found[2] and found[3]
+-- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.
+if not own or #own > 32 or string.sub(own, 1, 16) ~= fingerprint then
+  if redis.replicate_commands then redis.replicate_commands() end
+  local time = redis.call('TIME')
+  local now = time[1] * 1000 + math.floor(time[2] / 1000)
+  local opens = own and string.sub(own, 1, 16) == fingerprint
+  local old = own and not opens and redis.call('HGET', session, 'old') or ''
+  for at = 1, #old, 29 do
+    local grace_ends = tonumber(string.sub(old, at + 16, at + 28))
+    opens = opens or string.sub(old, at, at + 15) == fingerprint and now < grace_ends
+  end
+  if not opens then return redis.error_reply('NOSESSION ' .. echo) end
+  local idle, left = tonumber(string.sub(own, 46)), redis.call('PTTL', session)
+  if idle and left <= idle * 900 then
+    local ends = math.min(tonumber(string.sub(own, 33, 45)), now + idle * 1000)
+    if ends > now + left + 10 then
+      -- A full server refuses no write but a script's first: let that be one that it would refuse.
+      local kept = grows and redis.pcall('HSET', session, 'fp', own) or 0
+      if kept == 1 then redis.call('DEL', session) end -- it had just evicted the session
+      local used = kept
+      if kept == 0 then used = redis.pcall('PEXPIREAT', session, string.format('%.0f', ends)) end
+      if used == 0 or kept == 1 then return redis.error_reply('NOSESSION ' .. echo) end
+      if used ~= 1 then return redis.error_reply(used.err .. ' ' .. echo) end
+    end
+  end
+end
+-- One with an end of its own is counted in a field of the script's, and put back behind that end.
+local place, before = field, timed and timed_payload(string.sub(field, 2))
+if before then
+  place = 'sum'
+  local written = redis.pcall('HSET', session, place, before)
+  if type(written) == 'table' then return redis.error_reply(written.err .. ' ' .. echo) end
+end
+local added = redis.pcall('HINCRBY', session, place, by)
+if type(added) == 'table' then
+  if before then redis.call('HDEL', session, place) end
+  local code = tostring(added.err)
+  if string.find(code, 'not an integer', 1, true) then code = 'NOCOUNTER' end
+  if string.find(code, 'overflow', 1, true) then code = 'OVERFLOW' end
+  return redis.error_reply(code .. ' ' .. echo)
+end
+-- Redis before 6 evicts inside a script, before its first write: if it took this very session, what
+-- stands there now is a payload alone, without an end.
+if redis.call('HEXISTS', session, 'fp') == 0 then
+  redis.call('DEL', session)
+  return redis.error_reply('NOSESSION ' .. echo)
+end
+-- The number that HINCRBY returned has passed through a double.
+local sum = redis.call('HGET', session, place)
+if before then
+  redis.call('HDEL', session, place)
+  redis.call('HSET', session, timed_field, string.sub(timed, 1, 13) .. sum)
+elseif timed then
+  redis.call('HDEL', session, timed_field)
+end
+return echo .. sum

@@ -1,0 +1,251 @@
+"""Which server of a cluster a command goes to, and where it goes when that one sends it away.
+
+redis-py's cluster client keeps the topology; when it is read anew is decided here. A server that
+failed, or that sent a command away, is doubted: before the next command for it the topology is
+read. Commands for the other servers do not wait for that.
+"""
+
+import asyncio
+import os
+from contextlib import suppress
+from threading import Lock
+from time import monotonic
+
+from redis import RedisCluster
+from redis import exceptions as redis_errors
+from redis.asyncio.cluster import ClusterNode as AsyncClusterNode
+from redis.asyncio.cluster import RedisCluster as AsyncRedisCluster
+from redis.cluster import ClusterNode
+
+from .command import Answer, AnyCommand
+
+# What says that a command did not run here, and shall be sent again, elsewhere or later. MovedError
+# is an AskError. They have no echo: they count once they are proven.
+REDIRECTIONS = (redis_errors.AskError, redis_errors.TryAgainError)
+
+# Sent before a command, in one packet with it.
+ASKING = (b"*1\r\n$6\r\nASKING\r\n",)
+READWRITE = (b"*1\r\n$9\r\nREADWRITE\r\n",)
+
+_MAX_REDIRECTIONS = 16  # as redis-py
+# While a slot moves, servers may send a command to and fro: wait from the fourth time on.
+_HASTY = 3
+_PAUSE = 0.05
+
+# Reading the topology takes some milliseconds, and in an outage every command may ask for it.
+_REST = 0.1
+
+_FAULTS = (
+    redis_errors.ClusterDownError,
+    redis_errors.ConnectionError,
+    redis_errors.MovedError,
+    redis_errors.ReadOnlyError,
+    redis_errors.TimeoutError,
+)
+# ConnectionErrors that say nothing of the server.
+_NO_FAULTS = (redis_errors.AuthenticationError, redis_errors.MaxConnectionsError)
+# redis-py's errors, and what it comes to if its own connection has lost its place, so that it takes
+# another reply for the topology.
+_UNREADABLE = (
+    redis_errors.RedisError,
+    redis_errors.RedisClusterException,
+    AttributeError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+)
+
+
+class Journey:
+    """One command's way through a cluster, for as long as it is sent on."""
+
+    __slots__ = ("_left", "address", "asking", "pause")
+
+    def __init__(self) -> None:
+        self._left = _MAX_REDIRECTIONS
+        self.address: tuple[str, int] | None = None  # where it was sent; None: to its slot's server
+        self.asking = False
+        self.pause = 0.0
+
+    def goes_on(self, answer: Answer, host: str) -> bool:
+        """Whether to send the command again, after what the server at that host answered."""
+        if not isinstance(answer, REDIRECTIONS) or not self._left:
+            return False
+        self._left -= 1
+        self.address = None
+        self.asking = False
+        self.pause = 0.0 if self._left >= _MAX_REDIRECTIONS - _HASTY else _PAUSE
+        if isinstance(answer, redis_errors.AskError):
+            # A server may leave out the host if it is its own.
+            self.address = (answer.host or host, answer.port)
+            self.asking = not isinstance(answer, redis_errors.MovedError)
+        else:
+            self.pause = _PAUSE
+        return True
+
+
+class _Doubts:
+    """The servers that are doubted, by name, and whether it is time to do something about it."""
+
+    __slots__ = ("_due", "_names", "_since")
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._since: set[str] = set()  # those doubted since the last reading began
+        self._due = 0.0
+
+    def heard(self, name: str, answer: Answer) -> None:
+        """Take note of what the server of that name answered."""
+        if isinstance(answer, _FAULTS) and not isinstance(answer, _NO_FAULTS):
+            self._names.add(name)
+            self._since.add(name)
+
+    def due(self, name: str | None) -> bool:
+        """Whether to read the topology before a command for that server; None if there is none."""
+        return (name is None or name in self._names) and monotonic() >= self._due
+
+    def begin(self) -> None:
+        """The topology is being read."""
+        self._since = set()
+
+    def end(self, *, read: bool) -> None:
+        """It was read, or could not be."""
+        if read:
+            self._names = self._since
+        self._due = monotonic() + _REST
+
+
+class Routes:
+    """The routes of a synchronous cluster client, for any number of threads."""
+
+    def __init__(self, client: RedisCluster) -> None:
+        self._client = client
+        self._doubts = _Doubts()
+        self._lock = Lock()
+        self._pid = os.getpid()
+
+    def node(self, command: AnyCommand, journey: Journey) -> ClusterNode:
+        """The server to send a command to."""
+        if journey.address:
+            return self._named(*journey.address)
+        node = self._known(command)
+        name = node.name if node else None
+        if self._doubts.due(name):
+            self._read(name)
+            node = self._known(command)
+        if node is None:
+            raise _not_covered()
+        return node
+
+    def heard(self, node: ClusterNode, answer: Answer) -> None:
+        """Take note of what a server answered."""
+        self._doubts.heard(node.name, answer)
+
+    def _known(self, command: AnyCommand) -> ClusterNode | None:
+        try:
+            node: ClusterNode = self._client.get_node_from_key(command.keys[0])
+        except redis_errors.SlotNotCoveredError:
+            return None
+        return node
+
+    def _named(self, host: str, port: int) -> ClusterNode:
+        manager = self._client.nodes_manager
+        host, port = manager.remap_host_port(host, port)
+        # One that is new to the client gets to know it, as in redis-py's own redirections: the next
+        # reading takes over its connections.
+        node = self._client.get_node(host, port) or ClusterNode(host, port, "primary")
+        return manager.nodes_cache.setdefault(node.name, node)
+
+    def _read(self, name: str | None) -> None:
+        if self._pid != os.getpid():
+            # Another thread may have held it when this process was forked.
+            self._lock, self._pid = Lock(), os.getpid()
+        with self._lock:
+            if not self._doubts.due(name):
+                return  # another thread has read it meanwhile
+            self._doubts.begin()
+            read = False
+            try:
+                # What is known may still serve if this fails; if not, its own error says more.
+                with suppress(*_UNREADABLE):
+                    self._client.nodes_manager.initialize()
+                    read = True
+            finally:
+                self._doubts.end(read=read)
+
+
+class AsyncRoutes:
+    """The routes of an asynchronous cluster client.
+
+    `turn` counts how often the topology was read: what is known may have changed with it.
+    """
+
+    def __init__(self, client: AsyncRedisCluster) -> None:
+        self._client = client
+        self._doubts = _Doubts()
+        self._ready = False
+        self._reading: asyncio.Task[None] | None = None
+        self.turn = 0
+
+    async def node(self, command: AnyCommand, journey: Journey) -> AsyncClusterNode:
+        """The server to send a command to."""
+        if not self._ready:
+            await self._client.initialize()
+            self._ready = True
+        if journey.address:
+            return self._named(*journey.address)
+        node = self._known(command)
+        if self._doubts.due(node.name if node else None):
+            if self._reading is None:
+                self._reading = asyncio.create_task(self._read(), name="sessiongate-topology")
+            # A caller that is cancelled does not interrupt it: others wait as well.
+            await asyncio.shield(self._reading)
+            node = self._known(command)
+        if node is None:
+            raise _not_covered()
+        return node
+
+    def heard(self, node: AsyncClusterNode, answer: Answer) -> None:
+        """Take note of what a server answered."""
+        self._doubts.heard(node.name, answer)
+
+    def names(self) -> set[str]:
+        """The names of all servers that are known."""
+        return set(self._client.nodes_manager.nodes_cache)
+
+    async def close(self) -> None:
+        """Read nothing any more."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait([self._reading])
+
+    def _known(self, command: AnyCommand) -> AsyncClusterNode | None:
+        try:
+            return self._client.get_node_from_key(command.keys[0])  # type: ignore[arg-type]  # bytes will do: it encodes a str to them
+        except redis_errors.SlotNotCoveredError:
+            return None
+
+    def _named(self, host: str, port: int) -> AsyncClusterNode:
+        host, port = self._client.nodes_manager.remap_host_port(host, port)
+        node = self._client.get_node(host, port)
+        return node or AsyncClusterNode(
+            host, port, "primary", **self._client.nodes_manager.connection_kwargs
+        )
+
+    async def _read(self) -> None:
+        self._doubts.begin()
+        read = False
+        try:
+            # As above.
+            with suppress(*_UNREADABLE):
+                await self._client.nodes_manager.initialize()
+                read = True
+                self.turn += 1
+        finally:
+            self._doubts.end(read=read)
+            self._reading = None
+
+
+def _not_covered() -> redis_errors.SlotNotCoveredError:
+    return redis_errors.SlotNotCoveredError("no server of the cluster serves the command's slot")

@@ -1,0 +1,358 @@
+"""What concerns all sessions of a subject: its index, its limit, and joining it. No I/O here.
+
+A script may use only the Redis keys that it was called with, and only the index knows a subject's
+sessions. So these operations first list them, then name them to the script that does the work; that
+one looks whether the list still holds.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from redis.exceptions import ClusterCrossSlotError
+
+from . import answers, scripts
+from .answers import SessionInfo
+from .arguments import subject_arg
+from .command import Command, R, lost, nothing, once_more
+from .errors import (
+    ArgumentError,
+    ConfigurationError,
+    IdTakenError,
+    SessionGateError,
+    SessionNotFoundError,
+)
+from .keyspace import Keyspace, is_session_id, slot_of
+from .tokens import SignKeyRing
+
+Overflow = Literal["evict", "reject"]
+
+# Ids that are taken one after the other mean a broken random source, not bad luck (95 bits).
+MAX_DRAWS = 4
+
+# How often an operation looks again at sessions that others change at the same time. Each time
+# somebody got ahead of it; so often is never met.
+_MAX_LOOKS = 1000
+
+
+class Opening(NamedTuple):
+    """What a new session begins with."""
+
+    ttl: bytes
+    idle_timeout: bytes
+    fields: tuple[bytes, ...]
+    started: bytes = b""
+
+
+_AS_IT_IS = Opening(b"", b"", ())  # of a session that is open
+
+
+class Source(NamedTuple):
+    """The session that a token opens, and the token."""
+
+    session_id: str
+    fingerprint: bytes
+    generation: int
+
+
+class _Joining(NamedTuple):
+    """A session that joins a subject: a new one, or one that is open and goes on under a new id."""
+
+    subject: bytes
+    index_key: bytes
+    opening: Opening
+    source: Source | None
+    generation: int
+    limit: bytes
+    follow: "Callable[[Opening, _Drawn], Command[str]] | None" = None
+
+
+class _Drawn(NamedTuple):
+    """What a session is to be called, and how many more may be drawn if there is one already."""
+
+    session_id: str
+    token: str
+    fingerprint: bytes
+    left: int
+
+    def __repr__(self) -> str:
+        # A traceback that shows local variables must not hand out the token.
+        return f"<_Drawn {self.session_id}>"
+
+
+class _Work(NamedTuple):
+    """What a script is given to do its work on all sessions of a subject."""
+
+    keys: tuple[bytes, ...]
+    args: tuple[bytes, ...]
+
+
+# What follows once such a script has returned the entries that it missed.
+_GoOn = Callable[[bytes], R | Command[R]]
+
+
+class Subjects:
+    """Makes the commands that concern a subject's sessions.
+
+    Args:
+        ring: the sign keys of the gate.
+        keyspace: what names its Redis keys.
+        max_sessions: how many live sessions a subject may have; None for any number.
+        on_overflow: whether the oldest session goes when there is one more, or that one is refused.
+    """
+
+    __slots__ = ("_evicts", "_keyspace", "_limit", "_ring")
+
+    def __init__(
+        self, ring: SignKeyRing, keyspace: Keyspace, max_sessions: int | None, on_overflow: Overflow
+    ) -> None:
+        if max_sessions is not None and (
+            not isinstance(max_sessions, int) or isinstance(max_sessions, bool) or max_sessions < 1
+        ):
+            raise ConfigurationError("max_sessions is a whole number of at least 1, or None")
+        if on_overflow not in ("evict", "reject"):
+            raise ConfigurationError("on_overflow is 'evict' or 'reject'")
+        self._ring = ring
+        self._keyspace = keyspace
+        self._limit = b"%d" % (max_sessions or 0)
+        self._evicts = b"1" if on_overflow == "evict" else b"0"
+
+    def start(self, subject: str, opening: Opening) -> Command[str]:
+        """Open a session of the subject."""
+        raw = subject_arg(subject)
+        return self._join(_Joining(raw, self.index_key(raw), opening, None, 0, self._limit))
+
+    def adopt(self, source: Source, subject: str) -> Command[str]:
+        """Give the session to the subject, under a new id and with a new token."""
+        raw = subject_arg(subject)
+        return self._adopt(source, raw, source.generation + 1)
+
+    def _adopt(self, source: Source, subject: bytes, generation: int) -> Command[str]:
+        index_key = self.index_key(subject)
+        joining = _Joining(subject, index_key, _AS_IT_IS, source, generation, self._limit)
+        return self._join(joining)
+
+    def sessions(self, subject: str) -> Command[list[SessionInfo]]:
+        """Tell of the live sessions, the oldest first."""
+        raw = subject_arg(subject)
+        infos: dict[bytes, SessionInfo] = {}
+
+        def tell(work: _Work, go_on: _GoOn[list[SessionInfo]]) -> Command[list[SessionInfo]]:
+            def told(answer: bytes) -> list[SessionInfo] | Command[list[SessionInfo]]:
+                moved, more = answers.session_infos(answer)
+                infos.update(more)
+                return go_on(moved)
+
+            return Command(scripts.SESSIONS, work.keys, work.args, told, "", "", once_more)
+
+        return self._for_each(raw, tell, lambda: [infos[entry] for entry in sorted(infos)])
+
+    def end_all(self, subject: str, keep: str) -> Command[int]:
+        """End all but the session whose id is to be kept; how many ended."""
+        raw = subject_arg(subject)
+        counts: list[int] = []
+
+        def end(work: _Work, go_on: _GoOn[int]) -> Command[int]:
+            def ended(answer: bytes) -> int | Command[int]:
+                count, _, moved = answer.partition(b":")
+                counts.append(int(count))
+                return go_on(moved)
+
+            return Command(scripts.END_ALL, work.keys, (keep.encode(), *work.args), ended, "")
+
+        return self._for_each(raw, end, lambda: sum(counts))
+
+    def _for_each(
+        self,
+        subject: bytes,
+        command: Callable[[_Work, _GoOn[R]], Command[R]],
+        result: Callable[[], R],
+    ) -> Command[R]:
+        """List the sessions, then send the command for all of them.
+
+        It goes on with the entries of those that renewals moved from under it.
+        """
+        index = self.index_key(subject)
+        subs = self._subs(subject)
+
+        def work(listed: bytes, listing: bytes, looks: int) -> R | Command[R]:
+            entries = answers.entries(listing)
+            if not entries:
+                return result()
+            if not looks:
+                raise _restless()
+            args = (listed, b"%d" % len(subs), *subs, *entries)
+            return command(
+                _Work(self._keys(index, entries), args),
+                lambda moved: work(listed, moved, looks - 1),
+            )
+
+        def begin(answer: bytes) -> R | Command[R]:
+            listed = answer[: answers.STARTED_DIGITS]
+            return work(listed, answer[answers.STARTED_DIGITS :], _MAX_LOOKS)
+
+        return Command(scripts.INDEX, (index,), (), begin, "", "", once_more)
+
+    def end_one(self, subject: str, session_id: str) -> Command[None]:
+        """End the session of that id, if it is the subject's."""
+        raw = subject_arg(subject)
+        if not isinstance(session_id, str):
+            raise ArgumentError(f"session_id is a str, not {type(session_id).__name__}")
+        index = self.index_key(raw)
+        # What could not be the subject's is not asked for: on a cluster it may be elsewhere.
+        if not is_session_id(session_id):
+            raise SessionNotFoundError("")  # it may be a token: not for an error to tell
+        key = self._keyspace.session_key(session_id)
+        if slot_of(key) != slot_of(index):
+            raise SessionNotFoundError(session_id)
+        args = (session_id.encode(), *self._subs(raw))
+        return Command(scripts.END_ONE, (key, index), args, nothing, session_id)
+
+    def index_key(self, subject: bytes) -> bytes:
+        """The Redis key of a subject's index."""
+        return self._keyspace.index_key(subject)
+
+    def _keys(self, index: bytes, entries: Iterable[bytes]) -> tuple[bytes, ...]:
+        ids = map(answers.entry_id, entries)
+        return (index, *map(self._keyspace.session_key, ids))
+
+    def _subs(self, subject: bytes) -> tuple[bytes, ...]:
+        """What a session of the subject holds, by the sign key that signed its token."""
+        return tuple([realm + subject for realm in self._ring.realms])
+
+    def _join(self, joining: _Joining, draws: int = MAX_DRAWS) -> Command[str]:
+        session_id = self._keyspace.new_id_in(slot_of(joining.index_key))
+        drawn = _Drawn(session_id, *self._ring.sign(session_id, joining.generation), draws - 1)
+        return self._join_as(drawn, joining)
+
+    def _join_as(
+        self,
+        drawn: _Drawn,
+        joining: _Joining,
+        *,
+        entries: Sequence[bytes] = (),
+        repeated: bool = False,
+        looks: int = _MAX_LOOKS,
+    ) -> Command[str]:
+        _, index_key, opening, source, _, limit, follow = joining
+        index, *listed = self._keys(index_key, entries)
+        keys = [self._keyspace.session_key(drawn.session_id), index]
+        if source:
+            keys.append(self._keyspace.session_key(source.session_id))
+        subs = self._subs(joining.subject)
+        args = (
+            drawn.fingerprint,
+            opening.ttl,
+            b"1" if repeated else b"0",
+            opening.idle_timeout,
+            drawn.session_id.encode(),
+            opening.started,
+            b"%d" % joining.generation,
+            source.fingerprint if source else b"",
+            source.session_id.encode() if source else b"",
+            limit,
+            self._evicts,
+            b"%d" % len(subs),
+            b"%d" % len(listed),
+            *subs,
+            *entries,
+            *opening.fields,
+        )
+
+        def joined(answer: bytes) -> str | Command[str]:
+            if not answer:
+                return follow(opening, drawn) if follow else drawn.token
+            if not looks:
+                raise _restless()
+            return self._join_as(
+                drawn,
+                joining,
+                entries=answers.entries(answer),
+                repeated=repeated,
+                looks=looks - 1,
+            )
+
+        def recover(_: Command[str], error: Exception) -> Command[str] | None:
+            if isinstance(error, IdTakenError) and drawn.left:
+                return self._join(joining, drawn.left)
+            if lost(error) and not repeated:
+                return self._join_as(drawn, joining, entries=entries, repeated=True, looks=looks)
+            if source and isinstance(error, ClusterCrossSlotError):
+                return self._copied(source, joining)
+            return None
+
+        session_id = source.session_id if source else drawn.session_id
+        return Command(scripts.ENROLL, (*keys, *listed), args, joined, session_id, "", recover)
+
+    # Between two slots of a cluster: copy the session, take away the old one, and make up for what
+    # changed meanwhile. Whoever takes it has it; who comes too late ends the copy. No session is
+    # evicted for a copy that may come too late: it is for the copy's own adoption, which follows.
+
+    def _copied(self, source: Source, joining: _Joining) -> Command[str]:
+        evicts = self._evicts == b"1" and joining.limit != b"0"
+
+        def taken(drawn: _Drawn) -> str | Command[str]:
+            if not evicts:
+                return drawn.token
+            copied = Source(drawn.session_id, drawn.fingerprint, joining.generation)
+            return self._adopt(copied, joining.subject, joining.generation)
+
+        def follow(opening: Opening, drawn: _Drawn) -> Command[str]:
+            return self._take(source, opening, drawn, taken)
+
+        def read(answer: bytes) -> Command[str]:
+            limit = b"0" if evicts else joining.limit
+            copying = joining._replace(
+                opening=_opening(answer), source=None, limit=limit, follow=follow
+            )
+            return self._join(copying)
+
+        return self._export(source, b"0", read)._replace(recover=once_more)
+
+    def _take(
+        self,
+        source: Source,
+        opening: Opening,
+        drawn: _Drawn,
+        taken: Callable[[_Drawn], str | Command[str]],
+    ) -> Command[str]:
+        keys = (self._keyspace.session_key(drawn.session_id),)
+
+        def gone(_: bytes) -> str:
+            raise SessionNotFoundError(source.session_id)
+
+        def read(answer: bytes) -> str | Command[str]:
+            fields = _opening(answer).fields
+            if _same(fields, opening.fields):
+                return taken(drawn)
+            args = (drawn.fingerprint, *fields)
+            return Command(scripts.IMPORT, keys, args, lambda _: taken(drawn), source.session_id)
+
+        def recover(_: Command[str], error: Exception) -> Command[str] | None:
+            if isinstance(error, SessionNotFoundError):
+                return Command(scripts.END, keys, (drawn.fingerprint,), gone, source.session_id)
+            return None
+
+        return self._export(source, b"1", read)._replace(recover=recover)
+
+    def _export(
+        self, source: Source, take: bytes, read: Callable[[bytes], str | Command[str]]
+    ) -> Command[str]:
+        keys = (self._keyspace.session_key(source.session_id),)
+        return Command(scripts.EXPORT, keys, (source.fingerprint, take), read, source.session_id)
+
+
+def _opening(answer: bytes) -> Opening:
+    started, ttl, idle_timeout, *fields = answers.items(answer)
+    return Opening(ttl, idle_timeout, tuple(fields), started)
+
+
+def _same(fields: tuple[bytes, ...], others: tuple[bytes, ...]) -> bool:
+    """Whether the two are the same fields with the same data, in any order."""
+    pairs = dict(zip(fields[::2], fields[1::2], strict=True))
+    return pairs == dict(zip(others[::2], others[1::2], strict=True))
+
+
+def _restless() -> SessionGateError:
+    return SessionGateError(
+        f"the subject's sessions changed {_MAX_LOOKS} times while they were looked at: try again"
+    )
