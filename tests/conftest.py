@@ -30,6 +30,9 @@ _running: dict[str, Server | Cluster] = {}
 # What the clusters are made of: Redis 7 if there is one, else the newest.
 CLUSTERED = max(_BINARIES, key=lambda name: ("redis-7" in name, _version(name)), default="")
 
+POOLED = "async-pooled"
+FLAVOURS = ["sync", "async", POOLED]
+
 AnyClient = Redis | redis_asyncio.Redis | RedisCluster | redis_asyncio.RedisCluster
 Key = str | bytes | list[str | bytes]
 
@@ -53,6 +56,23 @@ def running_cluster() -> Cluster:
     return cluster
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without its pipeline an asynchronous gate meets one server of each kind, not every version.
+
+    What differs between versions, the scripts do: they are the same ones.
+    """
+    met = {"memory", "cluster", CLUSTERED}
+
+    def adds_something(item: pytest.Item) -> bool:
+        call = getattr(item, "callspec", None)  # of tests with parameters alone
+        params = call.params if call else {}
+        if params.get("flavour") != POOLED:
+            return True
+        return {params.get("backend", CLUSTERED), params.get("server", CLUSTERED)} <= met
+
+    items[:] = filter(adds_something, items)
+
+
 def pytest_sessionfinish() -> None:
     for server in _running.values():
         server.close()
@@ -67,7 +87,7 @@ class Flavour:
     def __init__(self, name: str) -> None:
         self.name = name
         self.is_async = name != "sync"
-        self._auto_pipeline = name == "async"
+        self._auto_pipeline = name != POOLED
         self.no_retry = AsyncRetry(NoBackoff(), 0) if self.is_async else NO_RETRY
         self.runner = asyncio.Runner()
         self._close: list[Callable[[], object]] = []
@@ -197,8 +217,6 @@ class Backend:
         """A gate on a client of its own."""
         return self.flavour.gate(self.gates_client(), sign_key, **options)
 
-
-FLAVOURS = ["sync", "async", "async-pooled"]
 
 
 @pytest.fixture(params=FLAVOURS)

@@ -7,7 +7,7 @@ from datetime import datetime
 from time import time
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -33,7 +33,7 @@ from .conftest import AnyClient, Backend
 
 # Some few, so that an operation meets what another one left; and names of our own fields.
 names = st.one_of(
-    st.just("cart"),
+    *[st.just("cart")] * 3,
     st.sampled_from(["user", "cart", "visits"]),
     st.sampled_from(["user", "cart", "fp", ":fp", ";fp", "old", "sub", "gen", "sum"]),
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50),
@@ -49,7 +49,7 @@ ttls = st.sampled_from([60, 3_600, 3_601, 0])
 idle_timeouts = st.sampled_from([None, 30, 7_200])
 # A grace of some seconds might end in the middle of an example.
 graces = st.sampled_from([0, 600])
-payload_ttls = st.sampled_from([None, 0, 900])
+payload_ttls = st.sampled_from([None, 900, None, 900, 0])
 SUBJECTS = ["alice", "{%}é"]
 subjects = st.sampled_from(SUBJECTS)
 whiches = st.integers(0, 1)
@@ -64,10 +64,13 @@ POLICIES: dict[str, dict[str, object]] = {
 }
 policies = st.sampled_from(list(POLICIES))
 
-# Of all tokens there ever were most are soon dead: three times of four it is a good one.
+# Of all tokens there ever were most are soon dead, and many sessions have each little done to them:
+# half of the time it is the token of the session that has lived longest.
 tokens = st.runner().flatmap(
     lambda model: st.one_of(
-        *[st.sampled_from(model.good_tokens() or model.tokens)] * 3, st.sampled_from(model.tokens)
+        *[st.just(model.live[0].token if model.live else model.tokens[0])] * 2,
+        st.sampled_from(model.good_tokens() or model.tokens),
+        st.sampled_from(model.tokens),
     )
 )
 
@@ -93,8 +96,16 @@ class Span:
     first: float
     last: float
 
-    def after(self, seconds: int) -> "Span":
+    def after(self, seconds: float) -> "Span":
         return Span(self.first + seconds, self.last + seconds)
+
+    def may_be(self, other: "Span") -> bool:
+        """Whether they may be the same moment, if the clock was not set meanwhile."""
+        return self.first - CLOCK_SLACK <= other.last and other.first <= self.last + CLOCK_SLACK
+
+
+def at(moment: float) -> Span:
+    return Span(moment, moment)
 
 
 @dataclass
@@ -125,6 +136,13 @@ class Session:
     def key(self) -> bytes:
         return f"sg-session:{{{self.id}}}".encode()
 
+    def last(self, now: Span) -> Span:
+        """When it ends if nobody uses it."""
+        if not self.idle_timeout:
+            return self.ends
+        idle = Span(self.used.first, now.last).after(self.idle_timeout)
+        return Span(min(self.ends.first, idle.first), min(self.ends.last, idle.last))
+
     def good_tokens(self) -> list[str]:
         """Those that open it, the oldest first."""
         recent = self.predecessors[-MAX_PREDECESSORS:]
@@ -148,7 +166,7 @@ class Sessions(RuleBasedStateMachine):
         self.was_listed: dict[str, set[str]] = {}
         self.started = 0
         for which in range(len(KEYS)):
-            for subject in [None, *SUBJECTS, *SUBJECTS]:
+            for subject in [SUBJECTS[0], None, *SUBJECTS]:
                 self.start((which, "any number"), 3_600, {"cart": "[]"}, subject, None)
 
     # Lifetime
@@ -204,9 +222,10 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(token=tokens)
     def info(self, token: str) -> None:
+        before = time()
         with self.expected(token):
             info = self.gate_of(token).info(token)
-            self.check_info(info, self.opened_by(token))
+            self.check_info(info, self.opened_by(token), Span(before, time()))
 
     @rule(token=tokens, ttl=ttls)
     def expire(self, token: str, ttl: int) -> None:
@@ -267,11 +286,13 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(which=whiches, policy=policies, subject=subjects)
     def sessions(self, which: int, policy: str, subject: str) -> None:
+        before = time()
         infos = self.gates[which, policy].sessions(subject)
+        now = Span(before, time())
         theirs = self.sessions_of(which, subject)
         assert [info.id for info in infos] == [session.id for session in theirs]
         for info, session in zip(infos, theirs, strict=True):
-            self.check_info(info, session)
+            self.check_info(info, session, now)
         self.forget_ended(subject)
 
     @rule(which=whiches, policy=policies, subject=subjects, token=st.none() | tokens)
@@ -472,7 +493,7 @@ class Sessions(RuleBasedStateMachine):
         del session.payloads[name]
         session.timed.discard(name)
 
-    def check_info(self, info: SessionInfo, session: Session) -> None:
+    def check_info(self, info: SessionInfo, session: Session, now: Span) -> None:
         assert info.id == session.id
         assert info.subject == session.subject
         assert info.idle_timeout == session.idle_timeout
@@ -480,10 +501,10 @@ class Sessions(RuleBasedStateMachine):
         assert info.payloads == {name: len(data) for name, data in session.payloads.items()}
         session.created_at = session.created_at or info.created_at
         assert info.created_at == session.created_at
-        assert within(info.created_at.timestamp(), session.created)
-        assert within(info.expires_at.timestamp(), session.ends)
-        assert 0 < info.seconds_left <= info.expires_at.timestamp() - time() + CLOCK_SLACK
-        assert info.seconds_left <= (session.idle_timeout or info.seconds_left)
+        assert session.created.may_be(at(info.created_at.timestamp()))
+        assert session.ends.may_be(at(info.expires_at.timestamp()))
+        assert info.seconds_left > 0
+        assert session.last(now).may_be(now.after(info.seconds_left))
 
     def expected(self, token: str, name: str | None = None) -> AbstractContextManager[object]:
         """The error that the model foresees, or none."""
@@ -500,29 +521,23 @@ class Sessions(RuleBasedStateMachine):
     def redis_holds_what_the_model_says(self) -> None:
         if not hasattr(self, "live"):
             return
+        before = time()
         hashes, indexes, left = self.held()
+        now = Span(before, time())
         by_key = {session.key: session for session in self.live}
         assert set(hashes) == set(by_key)
         for key, session in by_key.items():
             self.check_hash(hashes[key], session)
-            latest = session.ends
-            if session.idle_timeout:
-                idle = session.used.after(session.idle_timeout)
-                latest = Span(
-                    min(session.ends.first, idle.first),
-                    min(session.ends.last, time() + session.idle_timeout),
-                )
             assert left[key] > 0
-            assert within(time() + left[key] / 1000, latest)
+            assert session.last(now).may_be(now.after(left[key] / 1000))
         subjects_by_key = {index_key(subject): subject for subject in self.was_listed}
         assert set(indexes) <= set(subjects_by_key)
         for key, subject in subjects_by_key.items():
             self.check_index(indexes.get(key, {}), subject)
             if key in indexes:
                 assert left[key] > 0
-                last = time() + left[key] / 1000
-                ends = max(indexes[key].values()) / 1000
-                assert within(last, Span(ends, ends))
+                last = now.after(left[key] / 1000)
+                assert last.may_be(at(max(indexes[key].values()) / 1000))
 
     def held(
         self,
@@ -555,10 +570,10 @@ class Sessions(RuleBasedStateMachine):
         own, old = held.pop(b"fp"), held.pop(b"old", b"")
         assert own[:16] == ring.verify(session.token)[1]
         started, ends, idle = own[16:32], own[32:45], own[45:]
-        assert within(int(started) / 1_000_000, session.created)
+        assert session.created.may_be(at(int(started) / 1_000_000))
         assert idle == (b"%d" % session.idle_timeout if session.idle_timeout else b"")
         if idle:
-            assert within(int(ends) / 1000, session.ends)
+            assert session.ends.may_be(at(int(ends) / 1000))
         fingerprints = [old[at : at + 16] for at in range(0, len(old), 29)]
         assert len(fingerprints) <= MAX_PREDECESSORS
         recent = [ring.verify(token)[1] for token, _ in session.predecessors]
@@ -581,13 +596,8 @@ class Sessions(RuleBasedStateMachine):
         assert set(live) <= set(by_id) <= self.was_listed[subject]
         for session_id, session in live.items():
             started, score = by_id[session_id]
-            assert within(started / 1_000_000, session.created)
-            assert within(score / 1000, session.ends)
-
-
-def within(moment: float, span: Span) -> bool:
-    """Whether it is a moment of that span, if the clock was not set meanwhile."""
-    return span.first - CLOCK_SLACK <= moment <= span.last + CLOCK_SLACK
+            assert session.created.may_be(at(started / 1_000_000))
+            assert session.ends.may_be(at(score / 1000))
 
 
 def index_key(subject: str) -> bytes:
@@ -596,7 +606,7 @@ def index_key(subject: str) -> bytes:
 
 
 # In memory a step takes five times as long as on a server.
-EXAMPLES = {"memory": 10, "server": 20, "cluster": 15}
+EXAMPLES = {"memory": 5, "server": 10, "cluster": 8}
 
 
 def test_a_gate_does_what_the_model_does(backend: Backend) -> None:
@@ -620,7 +630,13 @@ def test_a_gate_does_what_the_model_does(backend: Backend) -> None:
     kind = "cluster" if backend.cluster else "server" if backend.server else "memory"
     run_state_machine_as_test(
         OnBackend,
-        settings=settings(max_examples=EXAMPLES[kind], stateful_step_count=40, deadline=None),
+        settings=settings(
+            max_examples=EXAMPLES[kind],
+            stateful_step_count=60,
+            deadline=None,
+            # How fast it is depends on what else the machine does.
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
     )
     for client in OnBackend.clients:
         client.close()

@@ -341,7 +341,7 @@ def test_pincr_counts(gate: SessionGate) -> None:
 
 
 @pytest.mark.parametrize("ttl", [None, 100])
-def test_pincr_over_all_64_bits(gate: SessionGate, ttl: int | None) -> None:
+def test_pincr_over_all_64_bits(client: Redis, gate: SessionGate, ttl: int | None) -> None:
     """Counters are exact up to both ends of 64 bits; a sum beyond leaves the counter alone."""
     token = gate.start(300)
     for end, step in ((MOST, 1), (LEAST, -1)):
@@ -353,6 +353,7 @@ def test_pincr_over_all_64_bits(gate: SessionGate, ttl: int | None) -> None:
             assert caught.value.name == "n"
             assert isinstance(caught.value, OverflowError)
             assert gate.pget(token, "n") == str(end).encode()
+            assert set(fields(client, gate, token)) == {b"fp", b";n" if ttl else b":n"}
         assert gate.pincr(token, "n", 0) == end
         assert gate.pincr(token, "n", -end + (end < 0) * -1) == (end < 0) * -1
     assert gate.pincr(token, "least", LEAST) == LEAST
@@ -363,7 +364,7 @@ def test_pincr_over_all_64_bits(gate: SessionGate, ttl: int | None) -> None:
 
 
 @pytest.mark.parametrize("ttl", [None, 100])
-def test_pincr_of_what_is_no_counter(gate: SessionGate, ttl: int | None) -> None:
+def test_pincr_of_what_is_no_counter(client: Redis, gate: SessionGate, ttl: int | None) -> None:
     """Data that is not a decimal number of 64 bits in its one spelling is refused and stays."""
     token = gate.start(300)
     for data in (
@@ -390,6 +391,7 @@ def test_pincr_of_what_is_no_counter(gate: SessionGate, ttl: int | None) -> None
         assert not isinstance(caught.value, PayloadOverflowError), data
         assert caught.value.name == "n"
         assert gate.pget(token, "n") == (data if isinstance(data, bytes) else data.encode())
+    assert set(fields(client, gate, token)) == {b"fp", b";n" if ttl else b":n"}
 
 
 @pytest.mark.parametrize("by", [True, 1.0, "1", b"1", None, MOST + 1, LEAST - 1, 10**40], ids=repr)

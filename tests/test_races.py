@@ -346,7 +346,7 @@ def test_sign_ins_with_one_token(
     """Of callers that sign in with one token exactly one gets the session, the others nothing."""
     gates = crowd.gates(6, max_sessions=max_sessions)
 
-    for _ in range(12):
+    for _ in range(8):
         token = crowd.do(gates[0].start(300, {"cart": "[]"}))
         calls = crowd.run(
             [
@@ -418,7 +418,7 @@ def test_no_session_escapes_by_a_renewal(crowd: Crowd) -> None:
         await crowd.some_time()
         return await gate.end_all("alice")
 
-    for _ in range(12):
+    for _ in range(8):
         tokens = [crowd.do(gates[0].start(300, subject="alice")) for _ in range(8)]
         renewers = [
             renew(gates[number % 4], token, moves=number % 4 > 0)
@@ -484,7 +484,7 @@ def test_nothing_brings_an_ended_session_back(crowd: Crowd) -> None:
         await crowd.some_time()
         return [await seen(gate.end(token))]
 
-    for turn in range(12):
+    for turn in range(8):
         subject = "alice" if turn % 2 else None
         token = crowd.do(gates[0].start(300, {"a": "x"}, subject=subject, idle_timeout=60))
         users = [use(gate, token, 3 * number) for number, gate in enumerate(gates)]

@@ -325,13 +325,14 @@ def test_signing_in_moves_the_session(
     assert b";timed" in fields(client, gate, signed_in)
 
 
-def test_signing_in_has_no_grace(gate: SessionGate) -> None:
+def test_signing_in_has_no_grace(client: Redis, gate: SessionGate) -> None:
     """Whatever grace is asked for or lasts, all older tokens are dead when somebody signed in."""
     first = gate.start(300, {"user": "1"})
     second = gate.renew(first, grace=300)
     signed_in = gate.renew(second, grace=300, subject="alice")
     assert_dead(gate, first)
     assert_dead(gate, second)
+    assert b"old" not in fields(client, gate, signed_in)
     later = gate.renew(signed_in, subject="alice")
     assert_dead(gate, signed_in)
     assert gate.pget(later, "user") == b"1"

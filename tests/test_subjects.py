@@ -707,6 +707,13 @@ def test_keys_of_any_subject_share_a_slot(subject: str, prefix: str) -> None:
     assert not session_id.encode().strip(ID_ALPHABET)
 
 
+def test_the_name_of_an_index() -> None:
+    """A subject's braces and per cent signs are escaped in the name of its index, and no others."""
+    keyspace = Keyspace("sg", system_random)
+    name = keyspace.index_key("a{b}%7B:é\0 ".encode())
+    assert name == "sg:subject:{a%7Bb%7D%257B:é\0 }".encode()
+
+
 @given(names, names)
 def test_subjects_have_indexes_of_their_own(one: str, other: str) -> None:
     """Two subjects never share an index, and no index is named as a session."""
