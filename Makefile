@@ -20,7 +20,7 @@ demo: $(VENV)/demo
 	@$(BIN)/sessiongate demo $(if $(filter command line,$(origin URL)),--url "$$URL")
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

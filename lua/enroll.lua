@@ -87,10 +87,11 @@ local since = string.format('%.0f', now)
 local count = redis.call('ZCOUNT', index, since, '+inf')
 local live, dead, excess = {}, {}, 0
 local full = limit > 0 and count >= limit
--- Without a limit too the index must not fill with sessions that ended: at 16 entries, 32, 64 ...
+-- Without a limit too the index must not fill with sessions that ended: at 16 entries, 32, 64 ... (No
+-- further than a call can name them: before Redis 7 it has room for a million words.)
 local due = 16
 while due <= count do due = due * 2 end
-due = listed == 0 and due == count + 1
+due = listed == 0 and due == count + 1 and due <= 131072
 if full or due or listed > 0 then
   local keys, first = {}, #KEYS - listed
   for i = 1, listed do keys[ARGV[14 + realms + i]] = KEYS[first + i] end
@@ -135,22 +136,32 @@ if session then
   redis.call('ZREM', index, started .. session_id)
 else
   written = redis.pcall('HSET', new, 'fp', own, 'sub', ARGV[15])
-  local expires = written
-  if written == 2 then
-    local first = ends
-    if idle ~= '' then first = math.min(ends, now + tonumber(idle) * 1000) end
-    expires = redis.pcall('PEXPIREAT', new, string.format('%.0f', first))
-  end
-  if expires ~= 1 then
+  if written ~= 2 then
     redis.call('ZREM', index, entry)
-    if written == 2 and redis.pcall('DEL', new) ~= 1 then redis.pcall('HDEL', new, 'fp', 'sub') end
-    return redis.error_reply(expires.err .. ' ' .. echo)
+    return redis.error_reply(written.err .. ' ' .. echo)
   end
 end
 if generation ~= '0' then redis.call('HSET', new, 'gen', generation) end
-for i = 15 + realms + listed, #ARGV, 2 do redis.call('HSET', new, ARGV[i], ARGV[i + 1]) end
+local fields = 15 + realms + listed
+for i = fields, #ARGV, 2 do redis.call('HSET', new, ARGV[i], ARGV[i + 1]) end
+if not session then
+  -- Last: if this end has come by now, nothing may be written after it.
+  local first = ends
+  if idle ~= '' then first = math.min(ends, now + tonumber(idle) * 1000) end
+  local expires = redis.pcall('PEXPIREAT', new, string.format('%.0f', first))
+  if expires ~= 1 then
+    redis.call('ZREM', index, entry)
+    if redis.pcall('DEL', new) ~= 1 then
+      redis.pcall('HDEL', new, 'fp', 'sub', 'gen')
+      for i = fields, #ARGV, 2 do redis.pcall('HDEL', new, ARGV[i]) end
+    end
+    return redis.error_reply(expires.err .. ' ' .. echo)
+  end
+end
 redis.call('ZREMRANGEBYSCORE', index, '-inf', '(' .. since)
-for _, gone in ipairs(dead) do redis.call('ZREM', index, gone) end
+for i = 1, #dead, 1000 do redis.call('ZREM', index, unpack(dead, i, math.min(i + 999, #dead))) end
+-- If its end came before it was set, what was written after it stands alone now.
+if redis.call('HEXISTS', new, 'fp') == 0 then redis.call('DEL', new) end
 for i = 1, excess do
   redis.call('UNLINK', live[i][2])
   redis.call('ZREM', index, live[i][1])

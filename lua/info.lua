@@ -46,8 +46,8 @@ local function facts(session, own, now)
   local more = redis.call('HMGET', session, 'gen', 'sub')
   local told = {
     item(string.sub(own, 17, 32)), item(string.format('%.0f', ends or now + left)),
-    item(string.format('%.0f', left)), item(string.sub(own, 46)), item(more[1] or '0'),
-    item(string.sub(more[2] or '', 9)),
+    item(string.format('%.0f', left)), item(string.sub(own, 46)),
+    item(string.match(more[1] or '0', '^%d+')), item(string.sub(more[2] or '', 9)),
   }
   for _, field in ipairs(redis.call('HKEYS', session)) do
     local kind, name, size = string.sub(field, 1, 1), string.sub(field, 2), nil

@@ -71,14 +71,6 @@ if ttl then
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
   data = string.format('%013.0f', now + ttl * 1000) .. data
   field, other = timed_field, field
-  -- What nobody asks for any more would stay as long as the session.
-  if redis.call('HEXISTS', session, field) == 0 then
-    for _, name in ipairs(redis.call('HKEYS', session)) do
-      if string.sub(name, 1, 1) == ';' and not timed_payload(string.sub(name, 2)) then
-        redis.call('HDEL', session, name)
-      end
-    end
-  end
 end
 local written = redis.pcall('HSET', session, field, data)
 if written ~= 0 and written ~= 1 then return redis.error_reply(written.err .. ' ' .. echo) end
@@ -89,4 +81,14 @@ if redis.call('HEXISTS', session, 'fp') == 0 then
   return redis.error_reply('NOSESSION ' .. echo)
 end
 redis.call('HDEL', session, other)
+if ttl and written == 1 then
+  -- What ended and nobody asks for would stay as long as the session: at 16 fields, 32, 64 ... it goes.
+  local count, due = redis.call('HLEN', session), 16
+  while due < count do due = due * 2 end
+  for _, name in ipairs(due == count and redis.call('HKEYS', session) or {}) do
+    if string.sub(name, 1, 1) == ';' and not timed_payload(string.sub(name, 2)) then
+      redis.call('HDEL', session, name)
+    end
+  end
+end
 return echo

@@ -6,11 +6,11 @@
 --   ARGV[4]  generation of the successor
 --   ARGV[5]  grace: whole seconds for which the old token still opens the session
 --   ARGV[6]  realm of the sign key that signed the successor, 8 bytes
---   ARGV[7]  '1' if this same renewal was sent before and may have run, else '0'
+--   ARGV[7]  nonce: a value that this renewal alone has, and keeps if it is sent again
 -- Returns echo .. fingerprint .. generation of the successor: of the one that is there already, if the
 -- token was renewed before and its grace lasts. Errors: NOSESSION.
 local session, echo, fingerprint, successor, generation = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local grace, realm, repeated = tonumber(ARGV[5]), ARGV[6], ARGV[7]
+local grace, realm, nonce = tonumber(ARGV[5]), ARGV[6], ARGV[7]
 local grows = true -- whether it may take memory
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
@@ -19,8 +19,8 @@ if redis.replicate_commands then redis.replicate_commands() end
 
 local found = redis.call('HMGET', session, 'fp', 'old', 'sub', 'gen')
 local own, old, sub = found[1], found[2] or '', found[3]
--- Nobody else could have made the token that a repetition asks for.
-if repeated == '1' and own and string.sub(own, 1, 16) == successor then
+-- Sent again: it ran, whatever has become of the old token since.
+if own and string.sub(own, 1, 16) == successor and found[4] == generation .. ' ' .. nonce then
   return echo .. successor .. generation
 end
 -- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.
@@ -62,7 +62,7 @@ for at = 1, #old, 29 do
         return echo .. string.sub(old, after, after + 15) .. string.format('%.0f', generation + steps)
       end
     end
-    return echo .. string.sub(own, 1, 16) .. found[4]
+    return echo .. string.sub(own, 1, 16) .. string.match(found[4], '^%d+')
   end
   if not live and first == at then first = at + 29 end
 end
@@ -78,6 +78,6 @@ if written == 1 then
 end
 if written ~= 0 then return redis.error_reply(written.err .. ' ' .. echo) end
 redis.call('HSET', session, 'old', old)
-redis.call('HSET', session, 'gen', generation)
+redis.call('HSET', session, 'gen', generation .. ' ' .. nonce)
 if sub then redis.call('HSET', session, 'sub', realm .. string.sub(sub, 9)) end
 return echo .. successor .. generation

@@ -32,10 +32,12 @@ if idle ~= '' then
 end
 local written = redis.pcall('HSET', session, 'fp', own)
 if written ~= 1 then return redis.error_reply(written.err .. ' ' .. echo) end
-local expires = redis.pcall('PEXPIREAT', session, string.format('%.0f', ends))
-if expires ~= 1 then
-  if redis.pcall('DEL', session) ~= 1 then redis.pcall('HDEL', session, 'fp') end
-  return redis.error_reply(expires.err .. ' ' .. echo)
-end
 for i = 6, #ARGV, 2 do redis.call('HSET', session, ARGV[i], ARGV[i + 1]) end
-return echo
+-- Last: if this end has come by now, nothing may be written after it.
+local expires = redis.pcall('PEXPIREAT', session, string.format('%.0f', ends))
+if expires == 1 then return echo end
+if redis.pcall('DEL', session) ~= 1 then
+  redis.pcall('HDEL', session, 'fp')
+  for i = 6, #ARGV, 2 do redis.pcall('HDEL', session, ARGV[i]) end
+end
+return redis.error_reply(expires.err .. ' ' .. echo)

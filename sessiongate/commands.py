@@ -4,6 +4,7 @@ Both gates run these and decide nothing themselves: what is checked, what an err
 sent again after one and what is sent next is all told here.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
@@ -24,6 +25,8 @@ from .errors import ArgumentError, IdTakenError
 from .keyspace import Keyspace
 from .subjects import MAX_DRAWS, Opening, Overflow, Source, Subjects
 from .tokens import FINGERPRINT_BYTES, SignKeyRing
+
+NONCE_BYTES = 8
 
 
 def _data(answer: bytes) -> bytes:
@@ -116,19 +119,16 @@ class Commands:
             return self._subjects.adopt(Source(session_id, fingerprint, generation), subject)
         successor = self._ring.sign(session_id, generation + 1)[1]
         realm = self._ring.realms[0]
-        args = (fingerprint, successor, b"%d" % (generation + 1), grace_arg, realm)
+        # What others ask for is the same token: only the nonce tells a repetition from that.
+        nonce = os.urandom(NONCE_BYTES)
+        args = (fingerprint, successor, b"%d" % (generation + 1), grace_arg, realm, nonce)
 
         def renewed(answer: bytes) -> str:
             its_fingerprint, digits = answer[:FINGERPRINT_BYTES], answer[FINGERPRINT_BYTES:]
             return self._ring.token_of(its_fingerprint, session_id, int(digits))
 
-        def recover(command: Command[str], error: Exception) -> Command[str] | None:
-            if lost(error) and command.args[-1] == b"0":
-                return command._replace(args=(*args, b"1"))
-            return None
-
         keys = (self._keyspace.session_key(session_id),)
-        return Command(scripts.RENEW, keys, (*args, b"0"), renewed, session_id, "", recover)
+        return Command(scripts.RENEW, keys, args, renewed, session_id, "", once_more)
 
     def end(self, token: str | bytes) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)

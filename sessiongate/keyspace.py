@@ -18,6 +18,9 @@ _FAIR = 256 - 256 % len(ID_ALPHABET)
 _LETTERS = bytes(ID_ALPHABET[byte % len(ID_ALPHABET)] for byte in range(256))
 _UNFAIR = bytes(range(_FAIR, 256))
 
+# What stands between the prefix and a subject.
+_INDEX = ":subject"
+
 # The letters of an id that carry it into a slot; the others are free.
 _ENDING = 3
 
@@ -41,7 +44,7 @@ class Keyspace:
 
     def __init__(self, prefix: str, random: Callable[[int], bytes]) -> None:
         self._head = _prefix_bytes(prefix) + b":{"
-        self._index_head = _prefix_bytes(prefix) + b":subject:{"
+        self._index_head = _prefix_bytes(prefix) + _INDEX.encode() + b":{"
         self._random = random
 
     def new_id(self) -> str:
@@ -126,6 +129,8 @@ def _prefix_bytes(prefix: object) -> bytes:
     # A brace would move the hash tag from the session id to the prefix: one slot for everything.
     if "{" in prefix or "}" in prefix:
         raise ConfigurationError("prefix holds no braces: they are the hash tag's")
+    if prefix.endswith(_INDEX):
+        raise ConfigurationError(f"prefix does not end in {_INDEX!r}: indexes are kept there")
     raw = utf8(prefix)
     if raw is None:
         raise ConfigurationError("prefix is valid text: this one holds a lone surrogate")

@@ -42,6 +42,10 @@ class Opening(NamedTuple):
     fields: tuple[bytes, ...]
     started: bytes = b""
 
+    def __repr__(self) -> str:
+        # Fields are payloads: not for tracebacks that show local variables.
+        return "<Opening>"
+
 
 _AS_IT_IS = Opening(b"", b"", ())  # of a session that is open
 
@@ -138,8 +142,9 @@ class Subjects:
 
         def tell(work: _Work, go_on: _GoOn[list[SessionInfo]]) -> Command[list[SessionInfo]]:
             def told(answer: bytes) -> list[SessionInfo] | Command[list[SessionInfo]]:
-                moved, more = answers.session_infos(answer)
-                infos.update(more)
+                moved, told_of = answers.session_infos(answer)
+                infos.clear()
+                infos.update(told_of)
                 return go_on(moved)
 
             return Command(scripts.SESSIONS, work.keys, work.args, told, "", "", once_more)
@@ -169,26 +174,30 @@ class Subjects:
     ) -> Command[R]:
         """List the sessions, then send the command for all of them.
 
-        It goes on with the entries of those that renewals moved from under it.
+        If renewals moved some from under it, it is sent again with these as well.
         """
         index = self.index_key(subject)
         subs = self._subs(subject)
 
-        def work(listed: bytes, listing: bytes, looks: int) -> R | Command[R]:
-            entries = answers.entries(listing)
-            if not entries:
-                return result()
-            if not looks:
-                raise _restless()
+        def work(listed: bytes, entries: list[bytes], looks: int) -> Command[R]:
+            def go_on(moved: bytes) -> R | Command[R]:
+                if not moved:
+                    return result()
+                if not looks:
+                    raise _restless()
+                return work(listed, entries + answers.entries(moved), looks - 1)
+
             args = (listed, b"%d" % len(subs), *subs, *entries)
-            return command(
-                _Work(self._keys(index, entries), args),
-                lambda moved: work(listed, moved, looks - 1),
-            )
+            return command(_Work(self._keys(index, entries), args), go_on)
 
         def begin(answer: bytes) -> R | Command[R]:
-            listed = answer[: answers.STARTED_DIGITS]
-            return work(listed, answer[answers.STARTED_DIGITS :], _MAX_LOOKS)
+            now = answer[: answers.STARTED_DIGITS]
+            entries = answers.entries(answer[answers.STARTED_DIGITS :])
+            if not entries:
+                return result()
+            # A session may have been started by the clock of another server, which is ahead.
+            listed = max(now, *(entry[: answers.STARTED_DIGITS] for entry in entries))
+            return work(listed, entries, _MAX_LOOKS)
 
         return Command(scripts.INDEX, (index,), (), begin, "", "", once_more)
 

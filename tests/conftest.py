@@ -218,7 +218,6 @@ class Backend:
         return self.flavour.gate(self.gates_client(), sign_key, **options)
 
 
-
 @pytest.fixture(params=FLAVOURS)
 def flavour(request: pytest.FixtureRequest) -> Iterator[Flavour]:
     """Both kinds of gate, the asynchronous one with its pipeline and without."""

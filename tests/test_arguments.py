@@ -225,7 +225,9 @@ def test_an_int_under_another_name_is_a_ttl() -> None:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["", "a{b", "a}b", "{app}", "p" * 201, "\ud800", b"sg", None, 7], ids=repr
+    "prefix",
+    ["", "a{b", "a}b", "{app}", "a:subject", "p" * 201, "\ud800", b"sg", None, 7],
+    ids=repr,
 )
 def test_a_prefix_that_cannot_be_used(prefix: object) -> None:
     """A prefix is 1 to 200 bytes of text without braces, which would move the hash tag."""

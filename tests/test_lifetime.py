@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 from redis import Redis
+from redis.exceptions import OutOfMemoryError
 
 from sessiongate import (
     ArgumentError,
@@ -517,3 +518,32 @@ def test_a_subject_that_is_missing(unsent: SessionGate) -> None:
     ):
         with pytest.raises(ArgumentError, match=r"^subject is "):
             call()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda gate, token: gate.pset(token, "new", "x"),
+        lambda gate, token: gate.pset(token, "new", "x", ttl=100),
+        lambda gate, token: gate.pset_many(token, {"new": "x"}),
+        lambda gate, token: gate.pincr(token, "new"),
+        lambda gate, token: gate.renew(token),
+        lambda gate, token: gate.renew(token, subject="alice"),
+    ],
+    ids=["pset", "pset ttl", "pset_many", "pincr", "renew", "renew subject"],
+)
+@one_gate
+def test_use_is_no_way_around_a_full_server(
+    flavour: Flavour, own_server: Server, write: Callable[[SessionGate, str], object]
+) -> None:
+    """A full server refuses what takes memory, in a session too whose use is due to be noted."""
+    gate = flavour.gate(flavour.client(own_server.port))
+    token = gate.start(300, {"user": "1"}, idle_timeout=100)
+    with own_server.client() as client:
+        client.config_set("maxmemory", "1")
+        client.pexpire(key_of(gate, token), 50_000)
+        with pytest.raises(OutOfMemoryError):
+            write(gate, token)
+        assert gate.pall(token) == {"user": b"1"}
+        assert client.pttl(key_of(gate, token)) > 99_000
+    assert gate.info(token).generation == 0

@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 from redis import Redis
-from redis.exceptions import ConnectionError
+from redis.exceptions import ConnectionError, OutOfMemoryError
 
 from sessiongate import (
     ArgumentError,
@@ -511,11 +511,30 @@ def test_a_payload_with_an_end_of_its_own(  # noqa: PLR0915  # all of it shares 
     assert {b":pincr", b":absent", b":again"} <= held
     assert held.isdisjoint({b";pincr", b";absent", b";again"})
 
-    # Those that nobody asks for any more go with the next that is stored.
-    gate.pset(token, "next", "x", ttl=100)
+    # Those that nobody asks for any more go when there are twice as many.
+    more = {f"next{number}" for number in range(32)}
+    for name in more:
+        gate.pset(token, name, "x", ttl=100)
     held = payload_fields(client, gate, token)
-    assert {name for name in held if name[:1] == b";"} == {b";longer", b";next"}
-    assert {*gate.pall(token)} == {*rest, "pincr", "absent", "again", "next"}
+    timed_fields = {b";longer", *(b";" + name.encode() for name in more)}
+    assert {name for name in held if name[:1] == b";"} == timed_fields
+    assert {*gate.pall(token)} == {*rest, "pincr", "absent", "again", *more}
+
+
+@one_gate
+def test_a_full_server_refuses_a_payload_with_an_end(flavour: Flavour, own_server: Server) -> None:
+    """It does so too if another payload of the session has ended, which is no room."""
+    gate = flavour.gate(flavour.client(own_server.port))
+    token = gate.start(300, {"user": "1"})
+    with own_server.client() as client:
+        # As of a payload that ended in 1970, and as many fields as make it due to go.
+        client.hset(f"sg-session:{{{gate.verify(token)}}}", ";old", b"0000000000001x")
+        gate.pset_many(token, {f"{number}": "x" for number in range(12)})
+        client.config_set("maxmemory", "1")
+        with pytest.raises(OutOfMemoryError):
+            gate.pset(token, "new", "x", ttl=100)
+        client.config_set("maxmemory", "0")
+    assert gate.pget(token, "user") == b"1"
 
 
 def test_a_ttl_of_0_deletes_the_payload(client: Redis, gate: SessionGate) -> None:

@@ -238,6 +238,21 @@ def test_a_renewal_whose_reply_was_lost(flavour: Flavour, server: Server, grace:
         assert looking.pget(token, "user") == b"1"
 
 
+def test_a_lost_reply_renews_no_dead_token(flavour: Flavour, server: Server) -> None:
+    """A token whose grace is over renews nothing, not even when the answer has to be repeated."""
+    looking = flavour.gate(flavour.client(server.port))
+    with Proxy(server.port) as proxy:
+        gate = flavour.gate(flavour.client(proxy.port, retry=flavour.no_retry))
+        gate.renew(gate.start(300))
+        token = gate.start(300)
+        successor = looking.renew(token, grace=0)
+        proxy.cut_replies = 1
+        with pytest.raises(SessionNotFoundError):
+            gate.renew(token)
+        assert proxy.cut_replies == 0
+        assert looking.info(successor).generation == 1
+
+
 # Rings of sign keys.
 
 

@@ -310,3 +310,18 @@ def test_every_script_runs_on_a_server_that_has_seen_none(server: Server) -> Non
             # No session is ever without an end, nor an index.
             assert not [key for key in client.scan_iter() if client.pttl(key) < 0], name
         assert not unknown
+
+
+@pytest.mark.parametrize("name", ["start", "enroll"])
+def test_an_end_that_comes_before_it_is_set_leaves_nothing(server: Server, name: str) -> None:
+    """A session that is over while it is being opened leaves no payload behind without an end."""
+    ttl = b"0.0001"  # so little that it is over by then
+    token, session = b"f" * 16, b"{s}1"
+    if name == "start":
+        call = [1, session, b"echo", token, ttl, b"0", b""]
+    else:
+        options = (ttl, b"0", b"", b"A" * 16, b"", b"0", b"", b"", b"0", b"0", b"1", b"0")
+        call = [2, session, b"{s}2", b"echo", token, *options, b"realm...alice"]
+    with server.client() as client:
+        assert client.eval(SOURCES[name], *call, b":user", b"1") == b"echo"
+        assert client.exists(session) == 0

@@ -22,6 +22,7 @@ from sessiongate import (
     SessionNotFoundError,
     TooManySessionsError,
 )
+from sessiongate.command import Answer, AnyCommand
 from sessiongate.keyspace import ID_ALPHABET, SLOTS, Keyspace, _ending, slot_of, system_random
 from sessiongate.tokens import SignKeyRing
 
@@ -153,6 +154,62 @@ def test_end_all_of_very_many(client: Redis, gate: SessionGate) -> None:
     assert gate.end_all("alice", keep=tokens[7]) == 1_099
     assert entries(client) == ids(gate, tokens[7])
     assert set(client.keys()) == {INDEX.encode(), f"sg-session:{{{tokens[7][3:19]}}}".encode()}
+
+
+class Between:
+    """The channel of a gate, behind whose first answer to a script something else happens."""
+
+    def __init__(self, gate: SessionGate, script: str, event: Callable[[], object]) -> None:
+        self._ask = gate._channel.ask
+        self._script = script
+        self._event = event
+        self.asked = 0
+        gate._channel = self
+
+    def ask(self, command: AnyCommand) -> Answer:
+        answer = self._ask(command)
+        if isinstance(answer, bytes):  # or the server does not know the script yet
+            self.asked += 1
+            if command.script.name == self._script:
+                self._event()
+        return answer
+
+    def close(self) -> None: ...
+
+
+@one_gate
+def test_a_renewal_between_listing_and_telling(backend: Backend, gate: SessionGate) -> None:
+    """A session that gets another id meanwhile is told once, under that, and the others as ever."""
+    tokens = [gate.start(300, subject="alice") for _ in range(3)]
+    other = backend.gate()
+
+    def renew() -> None:
+        tokens[0] = other.renew(tokens[0], subject="alice")
+
+    between = Between(gate, "index", renew)
+    assert listed(gate) == ids(other, *tokens)
+    assert between.asked == 3
+
+
+@one_gate
+@pytest.mark.parametrize("ahead_s", [0, 5])
+def test_a_renewal_between_listing_and_ending(
+    backend: Backend, client: Redis, gate: SessionGate, ahead_s: int
+) -> None:
+    """It saves no session from end_all, were it started by a clock that is ahead of this one."""
+    tokens = [gate.start(300, subject="alice") for _ in range(3)]
+    other = backend.gate()
+    key = f"sg-session:{{{gate.verify(tokens[0])}}}"
+    own = cast("bytes", client.hget(key, "fp"))
+    entry = own[16:32] + tokens[0][3:19].encode()
+    started = b"%016d" % (int(own[16:32]) + ahead_s * 1_000_000)
+    client.zadd(INDEX, {started + entry[16:]: cast("float", client.zscore(INDEX, entry))})
+    client.hset(key, "fp", own[:16] + started)
+    if ahead_s:
+        client.zrem(INDEX, entry)
+    Between(gate, "index", lambda: other.renew(tokens[0], subject="alice"))
+    assert gate.end_all("alice") == 3
+    assert client.keys() == []
 
 
 @pytest.mark.parametrize("kind", [str, str.encode])
