@@ -1,5 +1,7 @@
 # Everything runs in a virtual environment of the project's own: PYTHON makes it, nothing else is needed.
 PYTHON ?= python3
+# Tests wait for servers now and then: three processes keep two cores busy.
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -20,7 +22,7 @@ demo: $(VENV)/demo
 	@$(BIN)/sessiongate demo $(if $(filter command line,$(origin URL)),--url "$$URL")
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -606,8 +606,8 @@ def _cpu_seconds(client: Redis) -> float:
 
 def memory(bench: Bench) -> Iterator[Row]:
     """Server memory of a session."""
-    # An eighth fills the server's hash tables as much as the whole does.
-    sessions = 12_500 if bench.quick else 100_000
+    # A 64th fills the server's hash tables as much as the whole does.
+    sessions = 1_563 if bench.quick else 100_000
     with bench.client() as client:
         gate = SessionGate(client, sign_key=SIGN_KEY)
         gate.start(TTL)
