@@ -15,7 +15,7 @@ if redis.replicate_commands then redis.replicate_commands() end
 
 local own = redis.call('HGET', session, 'fp')
 -- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.
-if not own or #own > 32 or string.sub(own, 1, 16) ~= fingerprint then
+if not own or #own > 32 or #fingerprint ~= 16 or string.find(own, fingerprint, 1, true) ~= 1 then
   if redis.replicate_commands then redis.replicate_commands() end
   local time = redis.call('TIME')
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
