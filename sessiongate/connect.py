@@ -20,7 +20,7 @@ MEMORY_URL = "memory://"
 AnyClient = TypeVar("AnyClient", Redis, redis_asyncio.Redis)
 
 # redis-py's pool makes connections as they are needed and raises at its limit, 100 unless told
-# otherwise; threads that share a gate should meet their own limit first.
+# otherwise; tasks that share a gate without its pipeline should meet their own limit first.
 _MAX_CONNECTIONS = 10_000
 _FIRST_SOUND_CACHE = 8
 _TIMEOUTS = ("socket_timeout", "socket_connect_timeout")
@@ -44,10 +44,7 @@ def client_from_url(url: str) -> Redis:
             raise _memory_is_missing() from None
         return FakeRedis(server=FakeServer(), protocol=2)
     retry = Retry(NoBackoff(), 0)
-    return _checked(
-        url,
-        lambda url: Redis.from_url(url, protocol=2, retry=retry, max_connections=_MAX_CONNECTIONS),
-    )
+    return _checked(url, lambda url: Redis.from_url(url, protocol=2, retry=retry))
 
 
 def async_client_from_url(url: str) -> redis_asyncio.Redis:

@@ -1,5 +1,6 @@
 """SessionGate: runs commands on a redis-py client, one round trip each."""
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -83,9 +84,8 @@ class SessionGate:
             SignKeyRing(sign_key), Keyspace(prefix, random), max_sessions, on_overflow
         )
         self._client = client
-        self._owns_client = False
         self._channel: _Channel = (
-            _Clustered(client) if isinstance(client, RedisCluster) else _Pooled(client)
+            _Clustered(client) if isinstance(client, RedisCluster) else _Single(client)
         )
 
     @classmethod
@@ -119,7 +119,7 @@ class SessionGate:
             ...     gate.verify(gate.start(300)).isalnum()
             True
         """
-        gate = cls(
+        return cls(
             client_from_url(url),
             sign_key=sign_key,
             prefix=prefix,
@@ -127,8 +127,6 @@ class SessionGate:
             on_overflow=on_overflow,
             random=random,
         )
-        gate._owns_client = True
-        return gate
 
     def start(
         self,
@@ -534,7 +532,7 @@ class SessionGate:
         return self._commands.verify(token)
 
     def close(self) -> None:
-        """Close the connections that `from_url` made; a client of the application's stays open.
+        """Close the gate's own connections; a client of the application's stays open.
 
         Calls that come later raise GateClosedError, but for `verify`. Closing twice is fine.
 
@@ -542,8 +540,7 @@ class SessionGate:
             >>> gate.close()
         """
         self._closed = True
-        if self._owns_client:
-            self._channel.close()
+        self._channel.close()
 
     def __enter__(self) -> Self:
         if self._closed:
@@ -588,37 +585,65 @@ class _Channel(Protocol):
     def close(self) -> None: ...
 
 
-class _Pooled:
-    """Sends each command on a connection of the client's pool."""
+class _Single:
+    """Sends each command on a connection of the gate's own, made as the client's pool makes its.
 
-    __slots__ = ("_client", "_closed")
+    To take one from the pool and give it back costs a quarter of a call. As many are kept as were
+    in use at once.
+    """
+
+    __slots__ = ("_closed", "_idle", "_pid", "_pool")
 
     def __init__(self, client: Redis) -> None:
-        self._client = client
+        # Of a client made with single_connection_client too: its one connection knows no forks.
+        self._pool = client.connection_pool
+        self._idle: list[Connection] = []
+        self._pid = os.getpid()
         self._closed = False
 
     def ask(self, command: AnyCommand) -> Answer:
-        # Of a client made with single_connection_client too: its one connection knows no forks.
-        pool = self._client.connection_pool
-        connection = _take(pool)
+        sound = False
         try:
-            return _ask(connection, command)
+            connection = self._take()
+            try:
+                answer, sound = _ask(connection, command)
+            finally:
+                if sound and not self._closed:
+                    self._idle.append(connection)
+                else:
+                    connection.disconnect()
         except RedisError as error:
             return error
-        finally:
-            if self._closed:
-                connection.disconnect()
-            pool.release(connection)
+        return answer
+
+    def _take(self) -> Connection:
+        if self._pid != os.getpid():
+            # They are the parent's: to drop them here closes them for this process alone.
+            self._idle, self._pid = [], os.getpid()
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._pool.connection_class(**self._pool.connection_kwargs)
+        else:
+            if not _has_unread(connection):
+                return connection
+            connection.disconnect()
+        try:
+            connection.connect()
+        except BaseException:
+            connection.disconnect()  # its handshake may have been interrupted
+            raise
+        return connection
 
     def close(self) -> None:
-        """Close the client, whose calls that are under way finish."""
+        """Close what is idle; what is in use is closed by who uses it."""
         self._closed = True
-        self._client.close()
-        self._client.connection_pool.disconnect()
+        while self._idle:
+            self._idle.pop().disconnect()
 
 
 class _Clustered:
-    """Sends each command on a connection of its server's pool, as the cluster client has them."""
+    """Sends each command on a connection of its server's pool; servers come and go with these."""
 
     __slots__ = ("_client", "_prelude", "_routes")
 
@@ -645,12 +670,16 @@ class _Clustered:
         try:
             pool = self._client.get_redis_connection(node).connection_pool
             connection = _take(pool)
+            sound = False
             try:
-                return _ask(connection, command, prelude)
+                answer, sound = _ask(connection, command, prelude)
             finally:
+                if not sound:
+                    connection.disconnect()
                 pool.release(connection)
         except RedisError as error:
             return error
+        return answer
 
     def close(self) -> None:
         """Nothing: a cluster client is always the application's."""
@@ -669,25 +698,32 @@ def _take(pool: ConnectionPool) -> Connection:
         raise
 
 
-def _ask(connection: Connection, command: AnyCommand, prelude: tuple[bytes, ...] = ()) -> Answer:
-    """The answer to a command. Unless it is proven, the connection is not used again."""
-    sound = False
+def _has_unread(connection: Connection) -> bool:
+    """Whether there is something to read that is no reply to what comes.
+
+    The server has closed the connection, or somebody left it dirty.
+    """
     try:
-        answer, proven = _round_trip(connection, command, prelude)
-        if not proven and isinstance(answer, ResponseError):
-            # The server's own errors have no echo: is the next reply the next request's?
-            probed, proven = _round_trip(connection, PROBE)
-            # A redirection says that the command did not run: not so one that is not proven.
-            if isinstance(probed, redis_errors.ConnectionError) or (
-                not proven and isinstance(answer, REDIRECTIONS)
-            ):
-                answer = misplaced()
-        # A primary that became a replica: only a new connection finds its successor.
-        sound = proven and not isinstance(answer, redis_errors.ReadOnlyError)
-    finally:
-        if not sound:
-            connection.disconnect()
-    return answer
+        return connection.can_read()
+    except RedisError:
+        return True
+
+
+def _ask(
+    connection: Connection, command: AnyCommand, prelude: tuple[bytes, ...] = ()
+) -> tuple[Answer, bool]:
+    """The answer to a command, and whether the connection may be used again."""
+    answer, proven = _round_trip(connection, command, prelude)
+    if not proven and isinstance(answer, ResponseError):
+        # The server's own errors have no echo: is the next reply the next request's?
+        probed, proven = _round_trip(connection, PROBE)
+        # A redirection says that the command did not run: not so one that is not proven.
+        if isinstance(probed, redis_errors.ConnectionError) or (
+            not proven and isinstance(answer, REDIRECTIONS)
+        ):
+            answer = misplaced()
+    # A primary that became a replica: only a new connection finds its successor.
+    return answer, proven and not isinstance(answer, redis_errors.ReadOnlyError)
 
 
 def _round_trip(

@@ -39,9 +39,9 @@ from sessiongate import (
 )
 from sessiongate.arguments import data_arg, field_arg, payloads_arg, ttl_arg
 from sessiongate.connect import async_client_from_url, client_from_url
+from sessiongate.gate import _Single
 from sessiongate.keyspace import Keyspace
 
-from .conftest import pool_of
 from .servers import NO_RETRY
 
 KEY = "k" * 32
@@ -434,11 +434,19 @@ def test_closing_a_gate_leaves_the_applications_client_open() -> None:
     assert connection._sock is not None
 
 
-def test_closing_a_gate_closes_its_own_connections() -> None:
-    """The connections of a gate from a URL are closed with it."""
-    gate = SessionGate.from_url("memory://", sign_key=KEY)
+@pytest.mark.parametrize(
+    "gate",
+    [
+        SessionGate.from_url("memory://", sign_key=KEY),
+        SessionGate(FakeRedis(protocol=2), sign_key=KEY),
+    ],
+    ids=["from a URL", "on a client"],
+)
+def test_closing_a_gate_closes_its_own_connections(gate: SessionGate) -> None:
+    """The connections that a gate made are closed with it, on whichever client it made them."""
     gate.start(300)
-    (connection,) = pool_of(gate._client)._available_connections
+    assert isinstance(gate._channel, _Single)
+    (connection,) = gate._channel._idle
     gate.close()
     assert connection._sock is None
 

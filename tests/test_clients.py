@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from redis.cache import CacheConfig
 
 from sessiongate import PayloadNotFoundError, SessionGate, SessionNotFoundError
 
-from .conftest import SIGN_KEY, Backend, Flavour, pool_of
+from .conftest import SIGN_KEY, Backend, Flavour
 from .servers import NO_RETRY, Server, free_port
 
 BINARY = bytes(range(256))
@@ -181,14 +182,33 @@ def test_threads_share_a_gate(threads_gate: SessionGate) -> None:
             done.result()
 
 
-def test_more_calls_at_once_than_redis_pys_pool_allows(server: Server) -> None:
-    """A gate from a URL goes beyond the 100 connections of redis-py's own pool."""
-    with SessionGate.from_url(server.url, sign_key=SIGN_KEY) as gate:
-        pool = pool_of(gate._client)
-        held = [pool.get_connection() for _ in range(120)]
-        tour(gate)
-        for connection in held:
-            pool.release(connection)
+@pytest.mark.parametrize("kind", [ConnectionPool, BlockingConnectionPool])
+def test_a_pool_that_is_exhausted(server: Server, kind: type[ConnectionPool]) -> None:
+    """A gate takes none of the application's connections, and waits for none of them."""
+    client = Redis(connection_pool=kind(port=server.port, protocol=2, max_connections=1))
+    held = client.connection_pool.get_connection()
+    with SessionGate(client, sign_key=SIGN_KEY) as gate, ThreadPoolExecutor(8) as threads:
+        for done in [threads.submit(tour, gate) for _ in range(8)]:
+            done.result()
+    client.connection_pool.release(held)
+    assert client.ping()
+    client.close()
+
+
+def test_a_connection_for_each_call_at_once(server: Server) -> None:
+    """As many connections are made as calls were under way at once, and they are used again."""
+    with server.client() as looking, SessionGate.from_url(server.url, sign_key=SIGN_KEY) as gate:
+        token = gate.start(300, {"user": "x"})
+        before = len(looking.client_list())
+        for _ in range(3):
+            tour(gate)
+        assert len(looking.client_list()) == before
+        gate.close()
+        until = time.monotonic() + 5
+        while len(looking.client_list()) == before and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(looking.client_list()) == before - 1
+    assert token
 
 
 def test_one_payload_under_contention(threads_gate: SessionGate) -> None:

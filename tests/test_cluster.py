@@ -439,6 +439,7 @@ def test_an_interrupted_read_hands_over_nothing(
     gate = flavour.gate(flavour.cluster_client(cluster))
     token = gate.start(300, {"user": "mine"})
     assert gate.pget(token, "user") == b"mine"
+    gate.pset(token, "user", "mine")  # an unknown script would be one more error to tell apart
     script = {
         "another's": f"return '{wire.new_echo().decode()}theirs'",
         "TRYAGAIN": "return redis.error_reply('TRYAGAIN of another')",

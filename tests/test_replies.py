@@ -21,9 +21,10 @@ from redis.exceptions import (
 )
 
 from sessiongate import PayloadNotFoundError, SessionGate, SessionNotFoundError, wire
+from sessiongate.gate import _Single
 from sessiongate.lane import Lane
 
-from .conftest import SIGN_KEY, Backend, Blocking, Flavour, pool_of
+from .conftest import SIGN_KEY, Backend, Blocking, Flavour
 from .proxy import Proxy
 from .servers import Server
 
@@ -43,10 +44,10 @@ def paused(server: Server, seconds: float) -> Iterator[None]:
 def soil(flavour: Flavour, gate: SessionGate, *command: object) -> None:
     """Leave a reply unread on the connection that the gate uses next, as if interrupted."""
     if not flavour.is_async:
-        pool = pool_of(gate._client)
-        connection = pool.get_connection()
+        assert isinstance(gate._channel, _Single)
+        connection = gate._channel._take()
         connection.send_command(*command)
-        pool.release(connection)
+        gate._channel._idle.append(connection)
         return
 
     async def soil_async() -> None:
