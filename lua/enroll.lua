@@ -99,12 +99,12 @@ if full or due or listed > 0 then
   for i = 15, 14 + realms do ours[ARGV[i]] = true end
   for _, entry in ipairs(entries) do
     if string.sub(entry, 17) ~= session_id then
-      local sub = keys[entry] and redis.call('HGET', keys[entry], 'sub')
-      if not keys[entry] then
+      local held = keys[entry] and redis.call('HMGET', keys[entry], 'sub', 'pending')
+      if not held then
         unknown = unknown + 1
-      elseif not sub then
+      elseif not held[1] then
         dead[#dead + 1] = entry
-      elseif ours[sub] then
+      elseif ours[held[1]] and not held[2] then
         live[#live + 1] = entry
       end
     end
@@ -132,7 +132,7 @@ if session then
     return redis.error_reply((written and written.err or 'NOSESSION') .. ' ' .. echo)
   end
   redis.call('HSET', new, 'fp', own, 'sub', ARGV[15])
-  redis.call('HDEL', new, 'old')
+  redis.call('HDEL', new, 'old', 'pending')
   redis.call('ZREM', index, started .. session_id)
 else
   written = redis.pcall('HSET', new, 'fp', own, 'sub', ARGV[15])

@@ -50,10 +50,10 @@ for i = 4, 3 + realms do ours[ARGV[i]] = true end
 for i = 2, #KEYS do
   local session, entry = KEYS[i], ARGV[2 + realms + i]
   known[entry] = true
-  local found = redis.call('HMGET', session, 'fp', 'sub')
+  local found = redis.call('HMGET', session, 'fp', 'sub', 'pending')
   if not found[2] then
     dead[#dead + 1] = entry
-  elseif ours[found[2]] then
+  elseif ours[found[2]] and not found[3] then
     list[#list + 1] = item(entry)
     list[#list + 1] = item(facts(session, found[1], now))
   end

@@ -47,6 +47,7 @@ class Opening(NamedTuple):
         return "<Opening>"
 
 
+_PENDING = (b"pending", b"1")
 _AS_IT_IS = Opening(b"", b"", ())  # of a session that is open
 
 
@@ -293,8 +294,9 @@ class Subjects:
         return Command(scripts.ENROLL, (*keys, *listed), args, joined, session_id, "", recover)
 
     # Between two slots of a cluster: copy the session, take away the old one, and make up for what
-    # changed meanwhile. Whoever takes it has it; who comes too late ends the copy. No session is
-    # evicted for a copy that may come too late: it is for the copy's own adoption, which follows.
+    # changed meanwhile. Whoever takes it has it; who comes too late ends the copy. Where another
+    # session has to go for it, the copy is pending until it was taken, and then adopted: before
+    # that it is not told of, counts for no limit, and nothing is evicted for it, nor is it.
 
     def _copied(self, source: Source, joining: _Joining) -> Command[str]:
         evicts = self._evicts == b"1" and joining.limit != b"0"
@@ -309,10 +311,11 @@ class Subjects:
             return self._take(source, opening, drawn, taken)
 
         def read(answer: bytes) -> Command[str]:
-            limit = b"0" if evicts else joining.limit
-            copying = joining._replace(
-                opening=_opening(answer), source=None, limit=limit, follow=follow
-            )
+            opening, limit = _opening(answer), joining.limit
+            if evicts:
+                opening = opening._replace(fields=(*opening.fields, *_PENDING))
+                limit = b"0"
+            copying = joining._replace(opening=opening, source=None, limit=limit, follow=follow)
             return self._join(copying)
 
         return self._export(source, b"0", read)._replace(recover=once_more)
@@ -331,7 +334,7 @@ class Subjects:
 
         def read(answer: bytes) -> str | Command[str]:
             fields = _opening(answer).fields
-            if _same(fields, opening.fields):
+            if _same(fields, opening.fields) or _same((*fields, *_PENDING), opening.fields):
                 return taken(drawn)
             args = (drawn.fingerprint, *fields)
             return Command(scripts.IMPORT, keys, args, lambda _: taken(drawn), source.session_id)
