@@ -1,7 +1,7 @@
 """What the scripts return beyond one payload, as values: lists, payloads, sessions. No I/O here."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -19,7 +19,7 @@ class SessionInfo:
         id: the session id: safe to show and to log, it opens nothing by itself.
         subject: who the session belongs to; None if it belongs to nobody.
         created_at: when it was started, by the server's clock, to the millisecond; with a time
-            zone (UTC).
+            zone (UTC). Renewals do not change it.
         expires_at: when it ends at the latest, whoever uses it; likewise.
         idle_timeout: after how many seconds without use it ends; None if it has no idle timeout.
         seconds_left: for how long it goes on if nobody uses it.
@@ -43,7 +43,7 @@ class SessionInfo:
     idle_timeout: int | None
     seconds_left: float
     generation: int
-    payloads: Mapping[str, int]
+    payloads: Mapping[str, int] = field(hash=False)
 
 
 def items(answer: bytes) -> Iterator[bytes]:

@@ -210,8 +210,10 @@ class SessionGate:
 
         Args:
             token: as `start` or `renew` returned it.
-            grace: whole seconds (or a timedelta) for which the old token goes on working.
-            subject: who the session belongs to from now on, 1 to 200 bytes of UTF-8.
+            grace: whole seconds (or a timedelta) for which the old token goes on working; with a
+                subject it has none.
+            subject: who the session belongs to from now on, 1 to 200 bytes of UTF-8, whoever it
+                belonged to before.
 
         Returns:
             The new token: `v2.<id>.<generation>.<signature>`, signed with the newest sign key.
@@ -475,7 +477,8 @@ class SessionGate:
 
         Args:
             subject: as given to `start` or `renew`.
-            keep: the token of a session that is not to end.
+            keep: the token of a session that is not to end. If that is none of the subject's, as
+                after a sign-in the token from before it, all end.
 
         Returns:
             How many ended.
@@ -499,7 +502,8 @@ class SessionGate:
             session_id: as `sessions` told it.
 
         Raises:
-            SessionNotFoundError: the subject has no live session of that id.
+            SessionNotFoundError: the subject has no live session of that id. That says nothing of
+                the caller's own session.
             ArgumentError: an argument is out of its limits; nothing was sent.
 
         Example:
