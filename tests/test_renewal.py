@@ -332,7 +332,8 @@ def test_signing_in_moves_the_session(
     assert (after.id, after.subject, after.generation) == (new_id, "alice", renewals + 1)
     assert (after.created_at, after.idle_timeout) == (before.created_at, idle_timeout)
     assert abs((after.expires_at - before.expires_at).total_seconds()) < 0.1
-    assert 0 <= before.seconds_left - after.seconds_left < 4
+    # Between two slots the idle timeout begins anew, as with any use.
+    assert abs(before.seconds_left - after.seconds_left) < 4
     assert gate.pall(signed_in) == payloads
     assert listed(gate, "alice") == [new_id]
     assert_dead(gate, token)
