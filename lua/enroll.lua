@@ -84,7 +84,10 @@ end
 
 -- Is there room? What is not among KEYS may be dead or alive; to look, it has to be.
 local since = string.format('%.0f', now)
-local count = redis.call('ZCOUNT', index, since, '+inf')
+local count = redis.call('ZCARD', index)
+if count >= 15 or limit > 0 and count >= limit then
+  count = redis.call('ZCOUNT', index, since, '+inf') -- less what is over
+end
 local live, dead, excess = {}, {}, 0
 local full = limit > 0 and count >= limit
 -- Without a limit too the index must not fill with sessions that ended: at 16 entries, 32, 64 ... (No
@@ -160,8 +163,6 @@ if not session then
 end
 redis.call('ZREMRANGEBYSCORE', index, '-inf', '(' .. since)
 for i = 1, #dead, 1000 do redis.call('ZREM', index, unpack(dead, i, math.min(i + 999, #dead))) end
--- If its end came before it was set, what was written after it stands alone now.
-if redis.call('HEXISTS', new, 'fp') == 0 then redis.call('DEL', new) end
 for i = 1, excess do
   redis.call('UNLINK', live[i][2])
   redis.call('ZREM', index, live[i][1])

@@ -53,8 +53,8 @@ class Keyspace:
 
     def new_id_in(self, slot: int) -> str:
         """A session id of that slot, 80 bits of which nobody can foresee."""
-        *_, where = letters = self._letters(ID_LENGTH - _ENDING + 1)
-        free = letters[:-1]
+        letters = self._letters(ID_LENGTH - _ENDING + 1)
+        free, where = letters[:-1], letters[-1]
         # CRC is linear: what the ending has to add depends on the rest alone. Some always do; which
         # of them is taken depends on where the search begins.
         delta = slot ^ _slot_of_tag(free + ID_ALPHABET[:1] * _ENDING)

@@ -222,8 +222,10 @@ class Subjects:
         return self._keyspace.index_key(subject)
 
     def _keys(self, index: bytes, entries: Iterable[bytes]) -> tuple[bytes, ...]:
-        ids = map(answers.entry_id, entries)
-        return (index, *map(self._keyspace.session_key, ids))
+        return (index, *self._session_keys(entries))
+
+    def _session_keys(self, entries: Iterable[bytes]) -> tuple[bytes, ...]:
+        return tuple([self._keyspace.session_key(answers.entry_id(entry)) for entry in entries])
 
     def _subs(self, subject: bytes) -> tuple[bytes, ...]:
         """What a session of the subject holds, by the sign key that signed its token."""
@@ -244,10 +246,9 @@ class Subjects:
         looks: int = _MAX_LOOKS,
     ) -> Command[str]:
         _, index_key, opening, source, _, limit, follow = joining
-        index, *listed = self._keys(index_key, entries)
-        keys = [self._keyspace.session_key(drawn.session_id), index]
+        keys: tuple[bytes, ...] = (self._keyspace.session_key(drawn.session_id), index_key)
         if source:
-            keys.append(self._keyspace.session_key(source.session_id))
+            keys = (*keys, self._keyspace.session_key(source.session_id))
         subs = self._subs(joining.subject)
         args = (
             drawn.fingerprint,
@@ -262,7 +263,7 @@ class Subjects:
             limit,
             self._evicts,
             b"%d" % len(subs),
-            b"%d" % len(listed),
+            b"%d" % len(entries),
             *subs,
             *entries,
             *opening.fields,
@@ -291,7 +292,8 @@ class Subjects:
             return None
 
         session_id = source.session_id if source else drawn.session_id
-        return Command(scripts.ENROLL, (*keys, *listed), args, joined, session_id, "", recover)
+        keys += self._session_keys(entries)
+        return Command(scripts.ENROLL, keys, args, joined, session_id, "", recover)
 
     # Between two slots of a cluster: copy the session, take away the old one, and make up for what
     # changed meanwhile. Whoever takes it has it; who comes too late ends the copy. Where another
