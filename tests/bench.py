@@ -621,8 +621,8 @@ def memory(bench: Bench) -> Iterator[Row]:
 
         payloads = {NAME: DATA}
         plain = _taken(bench.server, client, starmap(make.start, [(TTL, payloads)] * sessions))
-        # The goal is for an index entry. The index itself is shared by a subject's sessions; what it
-        # takes of them if they are few is shown.
+        # The goal is for an index entry. The index itself is shared by a subject's sessions; what
+        # it takes of them if they are few is shown.
         for each in 10, 2, 1:
             users = (f"user{number // each:06}" for number in range(sessions))
             owned = (make.start(TTL, payloads, user, IDLE_TIMEOUT) for user in users)
