@@ -52,7 +52,7 @@ class Keyspace:
         return self._letters(ID_LENGTH).decode()
 
     def new_id_in(self, slot: int) -> str:
-        """A session id of that slot, 80 bits of which nobody can foresee."""
+        """A session id of that slot: 80 bits that nobody can foresee, 78 at the least."""
         letters = self._letters(ID_LENGTH - _ENDING + 1)
         free, where = letters[:-1], letters[-1]
         # CRC is linear: what the ending has to add depends on the rest alone. Some always do; which

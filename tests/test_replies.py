@@ -1,5 +1,6 @@
 """What comes back: replies are bound to requests, and no fault of Redis becomes a wrong answer."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -259,6 +260,19 @@ def test_a_server_that_was_restarted(flavour: Flavour, own_server: Server) -> No
     with pytest.raises(SessionNotFoundError):
         gate.pget(token, "user")
     assert gate.pget(gate.start(300, {"user": "y"}), "user") == b"y"
+
+
+def test_a_connection_that_the_server_closed(flavour: Flavour, server: Server) -> None:
+    """A connection that was closed while nobody used it is replaced before a write is sent."""
+    gate = flavour.gate(flavour.client(server.port, retry=flavour.no_retry))
+    token = gate.start(300, {"user": "x"})
+    gate.pset(token, "user", "y")
+    with server.client() as client:
+        for number in range(3):
+            assert client.client_kill_filter(_type="normal", skipme=True)
+            flavour.runner.run(asyncio.sleep(0.01))  # until this end has heard of it
+            gate.pset(token, "user", f"{number}")
+    assert gate.pget(token, "user") == b"2"
 
 
 def test_sessions_outlive_a_restart_with_persistence(flavour: Flavour, own_server: Server) -> None:
