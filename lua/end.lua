@@ -1,9 +1,9 @@
 -- Ends a session: it is gone, and all its payloads with it.
 --   KEYS[1]  the session's hash
---   ARGV[1]  echo, returned in every reply
---   ARGV[2]  fingerprint of the token
+--   ARGV[1]  fingerprint of the token
+--   ARGV[2]  echo, behind every reply
 -- Returns echo. Errors: NOSESSION.
-local session, echo, fingerprint = KEYS[1], ARGV[1], ARGV[2]
+local session, echo, fingerprint = KEYS[1], ARGV[2], ARGV[1]
 local grows = false -- whether it may take memory
 
 local own = redis.call('HGET', session, 'fp')

@@ -1,19 +1,19 @@
 -- Ends sessions of a subject, all at one moment.
---   KEYS[1]   the subject's index
---   KEYS[2..] the sessions' hashes, as the index listed them
---   ARGV[1]   echo, returned in every reply
---   ARGV[2]   the id of a session to keep, or ''
---   ARGV[3]   when they were listed: 16 digits of microseconds since 1970, the server's time
---   ARGV[4]   how many realms there are
---   ARGV[5..] each realm .. the subject; then the index entry of each of KEYS[2..]
--- Returns echo .. how many ended .. ':' .. the index entries of sessions that were started before they
+--   KEYS[1]     the subject's index
+--   KEYS[2..]   the sessions' hashes, as the index listed them
+--   ARGV[1]     the id of a session to keep, or ''
+--   ARGV[2]     when they were listed: 16 digits of microseconds since 1970, the server's time
+--   ARGV[3]     how many realms there are
+--   ARGV[4..]   each realm .. the subject; then the index entry of each of KEYS[2..]
+--   ARGV[last]  echo, behind every reply
+-- Returns how many ended .. ':' .. the index entries of sessions that were started before they
 -- were listed, but not under an id of KEYS[2..]: renewals moved them meanwhile.
-local index, echo, kept, listed, realms = KEYS[1], ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local index, echo, kept, listed, realms = KEYS[1], ARGV[#ARGV], ARGV[1], ARGV[2], tonumber(ARGV[3])
 
 local ours, known, gone, ended = {}, {}, {}, 0
-for i = 5, 4 + realms do ours[ARGV[i]] = true end
+for i = 4, 3 + realms do ours[ARGV[i]] = true end
 for i = 2, #KEYS do
-  local session, entry = KEYS[i], ARGV[3 + realms + i]
+  local session, entry = KEYS[i], ARGV[2 + realms + i]
   local sub = redis.call('HGET', session, 'sub')
   known[entry] = true
   if not sub then
@@ -25,14 +25,18 @@ for i = 2, #KEYS do
     gone[#gone + 1] = entry
   end
 end
-for i = 1, #gone, 1000 do redis.call('ZREM', index, unpack(gone, i, math.min(i + 999, #gone))) end
--- (alike in every script) The index ends with the last of its sessions.
-local last = redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2]
-if last then redis.call('PEXPIREAT', index, last) end
+local left = redis.call('ZCARD', index)
+for i = 1, #gone, 1000 do
+  left = left - redis.call('ZREM', index, unpack(gone, i, math.min(i + 999, #gone)))
+end
 -- (alike in every script) Entries that are older than the list and not on it: renewals gave their
 -- sessions other ids meanwhile.
 local moved = {}
-for _, entry in ipairs(redis.call('ZRANGE', index, 0, -1)) do
+for _, entry in ipairs(left > 0 and redis.call('ZRANGE', index, 0, -1) or {}) do
   if not known[entry] and string.sub(entry, 1, 16) <= listed then moved[#moved + 1] = entry end
 end
-return echo .. ended .. ':' .. table.concat(moved)
+-- (alike in every script) The index ends with the last of its sessions. If there is none left, it is
+-- gone, and in a slot that moves what is gone cannot be asked again.
+local last = left > 0 and redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2]
+if last then redis.call('PEXPIREAT', index, last) end
+return ended .. ':' .. table.concat(moved) .. echo

@@ -1,42 +1,50 @@
 -- Opens a session of a subject, or gives a subject one that is open, under a new id. Never touches a
 -- session that is there already under that id.
---   KEYS[1]    the new session's hash
---   KEYS[2]    the subject's index
---   KEYS[3]    the hash of the session that is open, if ARGV[9] is given
---   KEYS[3..]  or KEYS[4..]: the sessions' hashes, as this script listed them
---   ARGV[1]    echo, returned in every reply
---   ARGV[2]    fingerprint of the new token, 16 bytes
---   ARGV[3]    ttl: seconds from now; 0 stores nothing. '' with ARGV[9]
---   ARGV[4]    '1' if this same call was sent before and may have run, else '0'
---   ARGV[5]    idle timeout: whole seconds, or '' for none. '' with ARGV[9]
---   ARGV[6]    the new session's id
---   ARGV[7]    when it was started: 16 digits of microseconds since 1970, or '' for now
---   ARGV[8]    generation of the new token
---   ARGV[9]    fingerprint of the token of the session that is open, or ''
---   ARGV[10]   the id of that one, or ''
---   ARGV[11]   how many live sessions the subject may have, this one included; 0 for any number
---   ARGV[12]   '1' if the oldest have to go for it, '0' if it is to be refused
---   ARGV[13]   how many realms there are
---   ARGV[14]   how many sessions were listed
---   ARGV[15..] each realm .. the subject, the new session's first; then the index entry of each session
---              that was listed; then payload field, its data, and so on
--- Returns echo; or, if it has to know which sessions of the index are live, echo .. the index entry of
--- each, 32 bytes, and nothing was done. Errors: IDTAKEN, NOSESSION, TOOMANY.
-local echo, successor, ttl, repeated, idle = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
-local new, index, id, started, generation = KEYS[1], KEYS[2], ARGV[6], ARGV[7], ARGV[8]
-local session, fingerprint, session_id = nil, ARGV[9], ARGV[10]
-local limit, evicts = tonumber(ARGV[11]), ARGV[12]
-local realms, listed = tonumber(ARGV[13]), tonumber(ARGV[14])
+--   KEYS[1]     the new session's hash
+--   KEYS[2]     the subject's index
+--   KEYS[3]     the number of its last try, if it was tried more than once; kept for an hour
+--   KEYS[4]     the hash of the session that is open, if ARGV[8] is given
+--   KEYS[4..]   or KEYS[5..]: the sessions' hashes, as this script listed them
+--   ARGV[1]     fingerprint of the new token, 16 bytes
+--   ARGV[2]     ttl: seconds from now; 0 stores nothing. '' with ARGV[8]
+--   ARGV[3]     number of this try: how often this same call was sent before and may have run
+--   ARGV[4]     idle timeout: whole seconds, or '' for none. '' with ARGV[8]
+--   ARGV[5]     the new session's id
+--   ARGV[6]     when it was started: 16 digits of microseconds since 1970, or '' for now
+--   ARGV[7]     generation of the new token
+--   ARGV[8]     fingerprint of the token of the session that is open, or ''
+--   ARGV[9]     the id of that one, or ''
+--   ARGV[10]    how many live sessions the subject may have, this one included; 0 for any number
+--   ARGV[11]    '1' if the oldest have to go for it, '0' if it is to be refused
+--   ARGV[12]    how many realms there are
+--   ARGV[13]    how many sessions were listed
+--   ARGV[14..]  each realm .. the subject, the new session's first; then the index entry of each session
+--               that was listed; then payload field, its data, and so on
+--   ARGV[last]  echo, behind every reply
+-- Returns echo; or, if it has to know which sessions of the index are live, the index entry of each, 32
+-- bytes, .. echo, and nothing was done. Errors: IDTAKEN, NOSESSION, TOOMANY.
+local echo, successor, ttl, idle = ARGV[#ARGV], ARGV[1], tonumber(ARGV[2]), ARGV[4]
+local tries, tried = KEYS[3], tonumber(ARGV[3])
+local new, index, id, started, generation = KEYS[1], KEYS[2], ARGV[5], ARGV[6], ARGV[7]
+local session, fingerprint, session_id = nil, ARGV[8], ARGV[9]
+local limit, evicts = tonumber(ARGV[10]), ARGV[11]
+local realms, listed = tonumber(ARGV[12]), tonumber(ARGV[13])
 local grows = true -- whether it may take memory
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
 -- writes after TIME if it does.
 if redis.replicate_commands then redis.replicate_commands() end
 
-if redis.call('EXISTS', new) == 1 then
-  local there = repeated == '1' and redis.call('HGET', new, 'fp')
-  if there and string.sub(there, 1, 16) == successor then return echo end
-  return redis.error_reply('IDTAKEN ' .. echo)
+if redis.call('EXISTS', new, tries) > 0 then
+  local there = tried > 0 and redis.call('HGET', new, 'fp')
+  local ours = there and string.sub(there, 1, 16) == successor
+  -- Between this try and the first there are others: they may still come, when all is over.
+  local noted = ours and tried > 1 and redis.pcall('SET', tries, tried, 'PX', 3600000)
+  if noted and noted.err then return redis.error_reply(noted.err .. ' ' .. echo) end
+  if ours then return echo end
+  -- Held up on its way: it was sent again meanwhile, and what came of that may have ended since.
+  local late = tonumber(redis.call('GET', tries) or -1) >= tried
+  if late or redis.call('EXISTS', new) == 1 then return redis.error_reply('IDTAKEN ' .. echo) end
 end
 if ttl and ttl <= 0 then return echo end
 
@@ -44,7 +52,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local ends, own
 if fingerprint ~= '' then
-  session = KEYS[3]
+  session = KEYS[4]
   own = redis.call('HGET', session, 'fp')
   -- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.
   if not own or #own > 32 or #fingerprint ~= 16 or string.find(own, fingerprint, 1, true) ~= 1 then
@@ -97,9 +105,9 @@ while due <= count do due = due * 2 end
 due = listed == 0 and due == count + 1 and due <= 131072
 if full or due or listed > 0 then
   local keys, first = {}, #KEYS - listed
-  for i = 1, listed do keys[ARGV[14 + realms + i]] = KEYS[first + i] end
+  for i = 1, listed do keys[ARGV[13 + realms + i]] = KEYS[first + i] end
   local ours, entries, unknown = {}, redis.call('ZRANGEBYSCORE', index, since, '+inf'), 0
-  for i = 15, 14 + realms do ours[ARGV[i]] = true end
+  for i = 14, 13 + realms do ours[ARGV[i]] = true end
   for _, entry in ipairs(entries) do
     if string.sub(entry, 17) ~= session_id then
       local held = keys[entry] and redis.call('HMGET', keys[entry], 'sub', 'pending')
@@ -113,7 +121,7 @@ if full or due or listed > 0 then
     end
   end
   if unknown > 0 and (due or full and #live + unknown >= limit) then
-    return echo .. table.concat(entries)
+    return table.concat(entries) .. echo
   end
   if full and #live >= limit then
     if evicts == '0' then return redis.error_reply('TOOMANY ' .. echo) end
@@ -124,6 +132,10 @@ if full or due or listed > 0 then
 end
 
 -- All that can fail comes first, or is undone.
+if tried > 0 then
+  local noted = redis.pcall('SET', tries, tried, 'PX', 3600000)
+  if noted.err then return redis.error_reply(noted.err .. ' ' .. echo) end
+end
 local entry = started .. id
 local written = redis.pcall('ZADD', index, string.format('%.0f', ends), entry)
 if type(written) == 'table' then return redis.error_reply(written.err .. ' ' .. echo) end
@@ -134,19 +146,19 @@ if session then
     redis.call('ZREM', index, entry)
     return redis.error_reply((written and written.err or 'NOSESSION') .. ' ' .. echo)
   end
-  redis.call('HSET', new, 'fp', own, 'sub', ARGV[15])
+  redis.call('HSET', new, 'fp', own, 'sub', ARGV[14])
   redis.call('HDEL', new, 'old', 'pending')
   redis.call('ZREM', index, started .. session_id)
 else
-  written = redis.pcall('HSET', new, 'fp', own, 'sub', ARGV[15])
+  written = redis.pcall('HSET', new, 'fp', own, 'sub', ARGV[14])
   if written ~= 2 then
     redis.call('ZREM', index, entry)
     return redis.error_reply(written.err .. ' ' .. echo)
   end
 end
 if generation ~= '0' then redis.call('HSET', new, 'gen', generation) end
-local fields = 15 + realms + listed
-for i = fields, #ARGV, 2 do redis.call('HSET', new, ARGV[i], ARGV[i + 1]) end
+local fields = 14 + realms + listed
+for i = fields, #ARGV - 1, 2 do redis.call('HSET', new, ARGV[i], ARGV[i + 1]) end
 if not session then
   -- Last: if this end has come by now, nothing may be written after it.
   local first = ends
@@ -156,7 +168,7 @@ if not session then
     redis.call('ZREM', index, entry)
     if redis.pcall('DEL', new) ~= 1 then
       redis.pcall('HDEL', new, 'fp', 'sub', 'gen')
-      for i = fields, #ARGV, 2 do redis.pcall('HDEL', new, ARGV[i]) end
+      for i = fields, #ARGV - 1, 2 do redis.pcall('HDEL', new, ARGV[i]) end
     end
     return redis.error_reply(expires.err .. ' ' .. echo)
   end
@@ -172,7 +184,9 @@ if listed == 0 and not session and now + redis.call('PTTL', index) <= ends then
   redis.call('PEXPIREAT', index, string.format('%.0f', ends))
   return echo
 end
--- (alike in every script) The index ends with the last of its sessions.
-local last = redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2]
+local left = 1 -- at least, the new one
+-- (alike in every script) The index ends with the last of its sessions. If there is none left, it is
+-- gone, and in a slot that moves what is gone cannot be asked again.
+local last = left > 0 and redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2]
 if last then redis.call('PEXPIREAT', index, last) end
 return echo

@@ -1,13 +1,13 @@
 -- Sets when a session ends. One of a subject is told to its index as well.
---   KEYS[1]  the session's hash
---   KEYS[2]  the index of its subject; only once this script has told whose it is
---   ARGV[1]  echo, returned in every reply
---   ARGV[2]  fingerprint of the token
---   ARGV[3]  ttl: whole seconds from now; 0 ends it at once
---   ARGV[4]  the session's id, with KEYS[2] only
--- Returns echo; echo .. subject, and nothing was done, if KEYS[2] is missing. Errors: NOSESSION.
-local session, echo, fingerprint, ttl = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
-local index, id = KEYS[2], ARGV[4]
+--   KEYS[1]     the session's hash
+--   KEYS[2]     the index of its subject; only once this script has told whose it is
+--   ARGV[1]     fingerprint of the token
+--   ARGV[2]     ttl: whole seconds from now; 0 ends it at once
+--   ARGV[3]     the session's id, with KEYS[2] only
+--   ARGV[last]  echo, behind every reply
+-- Returns echo; subject .. echo, and nothing was done, if KEYS[2] is missing. Errors: NOSESSION.
+local session, echo, fingerprint, ttl = KEYS[1], ARGV[#ARGV], ARGV[1], tonumber(ARGV[2])
+local index, id = KEYS[2], ARGV[3]
 local grows = true -- whether it may take memory
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
@@ -46,7 +46,7 @@ local written
 if ttl <= 0 then
   written = redis.pcall('UNLINK', session)
 else
-  if sub and not index then return echo .. string.sub(sub, 9) end
+  if sub and not index then return string.sub(sub, 9) .. echo end
   local time = redis.call('TIME')
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
   local ends = string.format('%013.0f', now + ttl * 1000)

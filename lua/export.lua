@@ -1,12 +1,12 @@
 -- Reads all of a live session, or takes it away: for one that goes on in another slot.
 --   KEYS[1]  the session's hash
---   ARGV[1]  echo, returned in every reply
---   ARGV[2]  fingerprint of the token
---   ARGV[3]  '1' to take it away, '0' to leave it
--- Returns echo .. a list: when it was started, in microseconds since 1970; the seconds to its end at
+--   ARGV[1]  fingerprint of the token
+--   ARGV[2]  '1' to take it away, '0' to leave it
+--   ARGV[3]  echo, behind every reply
+-- Returns a list .. echo: when it was started, in microseconds since 1970; the seconds to its end at
 -- the latest; its idle timeout in s, or ''; then of each payload its field and what stands there.
 -- Errors: NOSESSION.
-local session, echo, fingerprint, take = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+local session, echo, fingerprint, take = KEYS[1], ARGV[3], ARGV[1], ARGV[2]
 local grows = false -- whether it may take memory
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
@@ -48,7 +48,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local ends = tonumber(string.sub(own, 33, 45)) or now + redis.call('PTTL', session)
 local list = {
-  echo, item(string.sub(own, 17, 32)), item(string.format('%.3f', (ends - now) / 1000)),
+  item(string.sub(own, 17, 32)), item(string.format('%.3f', (ends - now) / 1000)),
   item(string.sub(own, 46)),
 }
 local held = redis.call('HGETALL', session)
@@ -63,4 +63,5 @@ if take == '1' then
   local deleted = redis.pcall('UNLINK', session)
   if deleted ~= 1 then return redis.error_reply(deleted.err .. ' ' .. echo) end
 end
+list[#list + 1] = echo
 return table.concat(list)

@@ -1,11 +1,11 @@
 -- Tells of a live session, and of its payloads the names and sizes.
 --   KEYS[1]  the session's hash
---   ARGV[1]  echo, returned in every reply
---   ARGV[2]  fingerprint of the token
--- Returns echo .. a list: when it was started, in microseconds since 1970; when it ends at the latest,
+--   ARGV[1]  fingerprint of the token
+--   ARGV[2]  echo, behind every reply
+-- Returns a list .. echo: when it was started, in microseconds since 1970; when it ends at the latest,
 -- and how long it lasts if it is not used, both in ms; its idle timeout in s, or ''; its generation;
 -- its subject, or ''; then of each payload its name and its size in bytes. Errors: NOSESSION.
-local session, echo, fingerprint = KEYS[1], ARGV[1], ARGV[2]
+local session, echo, fingerprint = KEYS[1], ARGV[2], ARGV[1]
 local grows = false -- whether it may take memory
 
 local own = redis.call('HGET', session, 'fp')
@@ -66,4 +66,4 @@ local function facts(session, own, now)
 end
 
 local time = redis.call('TIME')
-return echo .. facts(session, own, time[1] * 1000 + math.floor(time[2] / 1000))
+return facts(session, own, time[1] * 1000 + math.floor(time[2] / 1000)) .. echo

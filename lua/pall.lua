@@ -1,9 +1,9 @@
 -- Reads all payloads of a live session, as they were at one moment.
 --   KEYS[1]  the session's hash
---   ARGV[1]  echo, returned in every reply
---   ARGV[2]  fingerprint of the token
--- Returns echo .. a list: of each payload its name, then its data. Errors: NOSESSION.
-local session, echo, fingerprint = KEYS[1], ARGV[1], ARGV[2]
+--   ARGV[1]  fingerprint of the token
+--   ARGV[2]  echo, behind every reply
+-- Returns a list .. echo: of each payload its name, then its data. Errors: NOSESSION.
+local session, echo, fingerprint = KEYS[1], ARGV[2], ARGV[1]
 local grows = false -- whether it may take memory
 
 local own = redis.call('HGET', session, 'fp')
@@ -39,7 +39,7 @@ local function item(value) return #value .. ':' .. value end
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local list = {echo}
+local list = {}
 local held = redis.call('HGETALL', session)
 for i = 1, #held, 2 do
   local kind, data = string.sub(held[i], 1, 1), held[i + 1]
@@ -51,4 +51,5 @@ for i = 1, #held, 2 do
     list[#list + 1] = item(data)
   end
 end
+list[#list + 1] = echo
 return table.concat(list)

@@ -1,13 +1,14 @@
 -- Deletes one payload of a live session; its end does not move.
 --   KEYS[1]  the session's hash
---   ARGV[1]  echo, returned in every reply
---   ARGV[2]  fingerprint of the token
---   ARGV[3]  payload field
+--   ARGV[1]  fingerprint of the token
+--   ARGV[2]  payload field
+--   ARGV[3]  nonce: 8 bytes that this deletion alone has, and keeps if it is sent again
+--   ARGV[4]  echo, behind every reply
 -- Returns echo. Errors: NOSESSION, NOPAYLOAD.
-local session, echo, fingerprint, field = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+local session, echo, fingerprint, field, nonce = KEYS[1], ARGV[4], ARGV[1], ARGV[2], ARGV[3]
 local grows = false -- whether it may take memory
 
-local found = redis.call('HMGET', session, 'fp', field)
+local found = redis.call('HMGET', session, 'fp', field, 'did')
 local own = found[1]
 -- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.
 if not own or #own > 32 or #fingerprint ~= 16 or string.find(own, fingerprint, 1, true) ~= 1 then
@@ -35,9 +36,17 @@ if not own or #own > 32 or #fingerprint ~= 16 or string.find(own, fingerprint, 1
     end
   end
 end
+-- Sent again, or held up on its way: it ran, whatever has been stored since.
+local did = found[3] or ''
+for at = 1, #did, 8 do
+  if string.sub(did, at, at + 7) == nonce then return echo end
+end
+-- The last 8 are known: a field of up to 64 bytes costs little.
+did = string.sub(did, -56) .. nonce
 if found[2] then
   local deleted = redis.pcall('HDEL', session, field)
   if deleted ~= 1 then return redis.error_reply(deleted.err .. ' ' .. echo) end
+  redis.call('HSET', session, 'did', did)
   return echo
 end
 
@@ -55,6 +64,8 @@ local function timed_payload(name)
 end
 
 local live = timed_payload(string.sub(field, 2))
-redis.call('HDEL', session, ';' .. string.sub(field, 2))
+local deleted = redis.pcall('HDEL', session, ';' .. string.sub(field, 2))
+if type(deleted) == 'table' then return redis.error_reply(deleted.err .. ' ' .. echo) end
 if not live then return redis.error_reply('NOPAYLOAD ' .. echo) end
+redis.call('HSET', session, 'did', did)
 return echo

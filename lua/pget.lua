@@ -1,10 +1,10 @@
 -- Reads one payload of a live session.
 --   KEYS[1]  the session's hash
---   ARGV[1]  echo, returned in every reply
---   ARGV[2]  fingerprint of the token
---   ARGV[3]  payload field
--- Returns echo .. data. Errors: NOSESSION, NOPAYLOAD.
-local session, echo, fingerprint, field = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+--   ARGV[1]  fingerprint of the token
+--   ARGV[2]  payload field
+--   ARGV[3]  echo, behind every reply
+-- Returns data .. echo. Errors: NOSESSION, NOPAYLOAD.
+local session, echo, fingerprint, field = KEYS[1], ARGV[3], ARGV[1], ARGV[2]
 local grows = false -- whether it may take memory
 
 local found = redis.call('HMGET', session, 'fp', field)
@@ -35,7 +35,7 @@ if not own or #own > 32 or #fingerprint ~= 16 or string.find(own, fingerprint, 1
     end
   end
 end
-if found[2] then return echo .. found[2] end
+if found[2] then return found[2] .. echo end
 
 -- (alike in every script) A payload with an end of its own stands under another field, behind that end.
 local function timed_payload(name)
@@ -48,4 +48,4 @@ end
 
 local data = timed_payload(string.sub(field, 2))
 if not data then return redis.error_reply('NOPAYLOAD ' .. echo) end
-return echo .. data
+return data .. echo

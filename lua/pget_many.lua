@@ -1,10 +1,10 @@
 -- Reads several payloads of a live session, as they were at one moment.
---   KEYS[1]   the session's hash
---   ARGV[1]   echo, returned in every reply
---   ARGV[2]   fingerprint of the token
---   ARGV[3..] payload fields
--- Returns echo .. a list: of each payload that is there its name, then its data. Errors: NOSESSION.
-local session, echo, fingerprint = KEYS[1], ARGV[1], ARGV[2]
+--   KEYS[1]     the session's hash
+--   ARGV[1]     fingerprint of the token
+--   ARGV[2..]   payload fields
+--   ARGV[last]  echo, behind every reply
+-- Returns a list .. echo: of each payload that is there its name, then its data. Errors: NOSESSION.
+local session, echo, fingerprint = KEYS[1], ARGV[#ARGV], ARGV[1]
 local grows = false -- whether it may take memory
 
 local own = redis.call('HGET', session, 'fp')
@@ -47,8 +47,8 @@ local function timed_payload(name)
   return live and string.sub(timed, 14) or nil
 end
 
-local list = {echo}
-for i = 3, #ARGV do
+local list = {}
+for i = 2, #ARGV - 1 do
   local name = string.sub(ARGV[i], 2)
   local data = redis.call('HGET', session, ARGV[i]) or timed_payload(name)
   if data then
@@ -56,4 +56,5 @@ for i = 3, #ARGV do
     list[#list + 1] = item(data)
   end
 end
+list[#list + 1] = echo
 return table.concat(list)

@@ -1,11 +1,11 @@
 -- Adds to a counter: a payload that is a decimal number of 64 bits. One that is missing is 0.
 --   KEYS[1]  the session's hash
---   ARGV[1]  echo, returned in every reply
---   ARGV[2]  fingerprint of the token
---   ARGV[3]  payload field
---   ARGV[4]  what to add: a decimal number of 64 bits
--- Returns echo .. the sum. Errors: NOSESSION, NOCOUNTER, OVERFLOW.
-local session, echo, fingerprint, field, by = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+--   ARGV[1]  fingerprint of the token
+--   ARGV[2]  payload field
+--   ARGV[3]  what to add: a decimal number of 64 bits
+--   ARGV[4]  echo, behind every reply
+-- Returns the sum .. echo. Errors: NOSESSION, NOCOUNTER, OVERFLOW.
+local session, echo, fingerprint, field, by = KEYS[1], ARGV[4], ARGV[1], ARGV[2], ARGV[3]
 local timed_field = ';' .. string.sub(field, 2)
 local grows = true -- whether it may take memory
 
@@ -79,4 +79,4 @@ if before then
 elseif timed then
   redis.call('HDEL', session, timed_field)
 end
-return echo .. sum
+return sum .. echo

@@ -1,10 +1,10 @@
 -- Reads one payload of a live session and deletes it; the session's end does not move.
 --   KEYS[1]  the session's hash
---   ARGV[1]  echo, returned in every reply
---   ARGV[2]  fingerprint of the token
---   ARGV[3]  payload field
--- Returns echo .. data. Errors: NOSESSION, NOPAYLOAD.
-local session, echo, fingerprint, field = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+--   ARGV[1]  fingerprint of the token
+--   ARGV[2]  payload field
+--   ARGV[3]  echo, behind every reply
+-- Returns data .. echo. Errors: NOSESSION, NOPAYLOAD.
+local session, echo, fingerprint, field = KEYS[1], ARGV[3], ARGV[1], ARGV[2]
 local grows = false -- whether it may take memory
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
@@ -52,4 +52,4 @@ local data = found[2] or timed_payload(string.sub(field, 2))
 if not data then return redis.error_reply('NOPAYLOAD ' .. echo) end
 local deleted = redis.pcall('HDEL', session, field, ';' .. string.sub(field, 2))
 if type(deleted) == 'table' then return redis.error_reply(deleted.err .. ' ' .. echo) end
-return echo .. data
+return data .. echo

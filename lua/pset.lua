@@ -1,11 +1,11 @@
 -- Stores one payload of a live session; its end does not move.
 --   KEYS[1]  the session's hash
---   ARGV[1]  echo, returned in every reply
---   ARGV[2]  fingerprint of the token
---   ARGV[3]  payload field
---   ARGV[4]  data
+--   ARGV[1]  fingerprint of the token
+--   ARGV[2]  payload field
+--   ARGV[3]  data
+--   ARGV[4]  echo, behind every reply
 -- Returns echo. Errors: NOSESSION.
-local session, echo, fingerprint, field, data = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local session, echo, fingerprint, field, data = KEYS[1], ARGV[4], ARGV[1], ARGV[2], ARGV[3]
 local grows = true -- whether it may take memory
 
 local own = redis.call('HGET', session, 'fp')

@@ -1,15 +1,15 @@
 -- Stores one payload of a live session on a condition, or until an end of its own.
 --   KEYS[1]  the session's hash
---   ARGV[1]  echo, returned in every reply
---   ARGV[2]  fingerprint of the token
---   ARGV[3]  payload field
---   ARGV[4]  data
---   ARGV[5]  'absent': only if there is no such payload; 'match': only if it is ARGV[6]; '' always
---   ARGV[6]  the data that it must have, with 'match'
---   ARGV[7]  ttl of the payload: whole seconds from now, 0 deletes it; '' if it ends with the session
+--   ARGV[1]  fingerprint of the token
+--   ARGV[2]  payload field
+--   ARGV[3]  data
+--   ARGV[4]  'absent': only if there is no such payload; 'match': only if it is ARGV[5]; '' always
+--   ARGV[5]  the data that it must have, with 'match'
+--   ARGV[6]  ttl of the payload: whole seconds from now, 0 deletes it; '' if it ends with the session
+--   ARGV[7]  echo, behind every reply
 -- Returns echo. Errors: NOSESSION, CONFLICT.
-local session, echo, fingerprint, field, data = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local condition, expected, ttl = ARGV[5], ARGV[6], tonumber(ARGV[7])
+local session, echo, fingerprint, field, data = KEYS[1], ARGV[7], ARGV[1], ARGV[2], ARGV[3]
+local condition, expected, ttl = ARGV[4], ARGV[5], tonumber(ARGV[6])
 local timed_field = ';' .. string.sub(field, 2)
 local grows = true -- whether it may take memory
 

@@ -1,16 +1,16 @@
 -- Replaces a session's token by its successor. The old one goes on opening the session for a while.
 --   KEYS[1]  the session's hash
---   ARGV[1]  echo, returned in every reply
---   ARGV[2]  fingerprint of the token
---   ARGV[3]  fingerprint of the successor, if there is none yet
---   ARGV[4]  generation of the successor
---   ARGV[5]  grace: whole seconds for which the old token still opens the session
---   ARGV[6]  realm of the sign key that signed the successor, 8 bytes
---   ARGV[7]  nonce: a value that this renewal alone has, and keeps if it is sent again
--- Returns echo .. fingerprint .. generation of the successor: of the one that is there already, if the
+--   ARGV[1]  fingerprint of the token
+--   ARGV[2]  fingerprint of the successor, if there is none yet
+--   ARGV[3]  generation of the successor
+--   ARGV[4]  grace: whole seconds for which the old token still opens the session
+--   ARGV[5]  realm of the sign key that signed the successor, 8 bytes
+--   ARGV[6]  nonce: a value that this renewal alone has, and keeps if it is sent again
+--   ARGV[7]  echo, behind every reply
+-- Returns fingerprint .. generation of the successor .. echo: of the one that is there already, if the
 -- token was renewed before and its grace lasts. Errors: NOSESSION.
-local session, echo, fingerprint, successor, generation = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local grace, realm, nonce = tonumber(ARGV[5]), ARGV[6], ARGV[7]
+local session, echo, fingerprint, successor, generation = KEYS[1], ARGV[7], ARGV[1], ARGV[2], ARGV[3]
+local grace, realm, nonce = tonumber(ARGV[4]), ARGV[5], ARGV[6]
 local grows = true -- whether it may take memory
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
@@ -21,7 +21,7 @@ local found = redis.call('HMGET', session, 'fp', 'old', 'sub', 'gen')
 local own, old, sub = found[1], found[2] or '', found[3]
 -- Sent again: it ran, whatever has become of the old token since.
 if own and string.sub(own, 1, 16) == successor and found[4] == generation .. ' ' .. nonce then
-  return echo .. successor .. generation
+  return successor .. generation .. echo
 end
 -- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.
 if not own or #own > 32 or #fingerprint ~= 16 or string.find(own, fingerprint, 1, true) ~= 1 then
@@ -59,10 +59,10 @@ for at = 1, #old, 29 do
     for after = at + 29, #old, 29 do
       if now < tonumber(string.sub(old, after + 16, after + 28)) then
         local steps = (after - at) / 29 - 1
-        return echo .. string.sub(old, after, after + 15) .. string.format('%.0f', generation + steps)
+        return string.sub(old, after, after + 15) .. string.format('%.0f', generation + steps) .. echo
       end
     end
-    return echo .. string.sub(own, 1, 16) .. string.match(found[4], '^%d+')
+    return string.sub(own, 1, 16) .. string.match(found[4], '^%d+') .. echo
   end
   if not live and first == at then first = at + 29 end
 end
@@ -80,4 +80,4 @@ if written ~= 0 then return redis.error_reply(written.err .. ' ' .. echo) end
 redis.call('HSET', session, 'old', old)
 redis.call('HSET', session, 'gen', generation .. ' ' .. nonce)
 if sub then redis.call('HSET', session, 'sub', realm .. string.sub(sub, 9)) end
-return echo .. successor .. generation
+return successor .. generation .. echo

@@ -1,14 +1,14 @@
 -- Tells of the live sessions of a subject, and forgets those that ended. Telling is no use.
---   KEYS[1]   the subject's index
---   KEYS[2..] the sessions' hashes, as the index listed them
---   ARGV[1]   echo, returned in every reply
---   ARGV[2]   when they were listed: 16 digits of microseconds since 1970, the server's time
---   ARGV[3]   how many realms there are
---   ARGV[4..] each realm .. the subject; then the index entry of each of KEYS[2..]
--- Returns echo .. a list: first, as one item, the index entries of sessions that were started before
+--   KEYS[1]     the subject's index
+--   KEYS[2..]   the sessions' hashes, as the index listed them
+--   ARGV[1]     when they were listed: 16 digits of microseconds since 1970, the server's time
+--   ARGV[2]     how many realms there are
+--   ARGV[3..]   each realm .. the subject; then the index entry of each of KEYS[2..]
+--   ARGV[last]  echo, behind every reply
+-- Returns a list .. echo: first, as one item, the index entries of sessions that were started before
 -- they were listed, but not under an id of KEYS[2..]: renewals moved them meanwhile. Then of each
 -- session its index entry and what `info` returns of it.
-local index, echo, listed, realms = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
+local index, echo, listed, realms = KEYS[1], ARGV[#ARGV], ARGV[1], tonumber(ARGV[2])
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
 -- writes after TIME if it does.
@@ -45,10 +45,10 @@ end
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local ours, known, list, dead = {}, {}, {echo, ''}, {}
-for i = 4, 3 + realms do ours[ARGV[i]] = true end
+local ours, known, list, dead = {}, {}, {''}, {}
+for i = 3, 2 + realms do ours[ARGV[i]] = true end
 for i = 2, #KEYS do
-  local session, entry = KEYS[i], ARGV[2 + realms + i]
+  local session, entry = KEYS[i], ARGV[1 + realms + i]
   known[entry] = true
   local found = redis.call('HMGET', session, 'fp', 'sub', 'pending')
   if not found[2] then
@@ -58,15 +58,20 @@ for i = 2, #KEYS do
     list[#list + 1] = item(facts(session, found[1], now))
   end
 end
-for i = 1, #dead, 1000 do redis.call('ZREM', index, unpack(dead, i, math.min(i + 999, #dead))) end
--- (alike in every script) The index ends with the last of its sessions.
-local last = redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2]
-if last then redis.call('PEXPIREAT', index, last) end
+local left = redis.call('ZCARD', index)
+for i = 1, #dead, 1000 do
+  left = left - redis.call('ZREM', index, unpack(dead, i, math.min(i + 999, #dead)))
+end
 -- (alike in every script) Entries that are older than the list and not on it: renewals gave their
 -- sessions other ids meanwhile.
 local moved = {}
-for _, entry in ipairs(redis.call('ZRANGE', index, 0, -1)) do
+for _, entry in ipairs(left > 0 and redis.call('ZRANGE', index, 0, -1) or {}) do
   if not known[entry] and string.sub(entry, 1, 16) <= listed then moved[#moved + 1] = entry end
 end
-list[2] = item(table.concat(moved))
+-- (alike in every script) The index ends with the last of its sessions. If there is none left, it is
+-- gone, and in a slot that moves what is gone cannot be asked again.
+local last = left > 0 and redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2]
+if last then redis.call('PEXPIREAT', index, last) end
+list[1] = item(table.concat(moved))
+list[#list + 1] = echo
 return table.concat(list)

@@ -1,25 +1,36 @@
 -- Opens a session, with its first payloads. Never touches a session that is there already.
---   KEYS[1]   the session's hash
---   ARGV[1]   echo, returned in every reply
---   ARGV[2]   fingerprint of the token, 16 bytes
---   ARGV[3]   ttl: whole seconds from now; 0 stores nothing
---   ARGV[4]   '1' if this same start was sent before and may have run, else '0'
---   ARGV[5]   idle timeout: whole seconds, or '' for none
---   ARGV[6..] payload field, its data, and so on
+--   KEYS[1]     the session's hash
+--   KEYS[2]     the number of its last try, if it was tried more than once; kept for an hour
+--   ARGV[1]     fingerprint of the token, 16 bytes
+--   ARGV[2]     ttl: whole seconds from now; 0 stores nothing
+--   ARGV[3]     number of this try: how often this same start was sent before and may have run
+--   ARGV[4]     idle timeout: whole seconds, or '' for none
+--   ARGV[5..]   payload field, its data, and so on
+--   ARGV[last]  echo, behind every reply
 -- Returns echo. Errors: IDTAKEN.
-local session, echo, fingerprint, repeated, idle = KEYS[1], ARGV[1], ARGV[2], ARGV[4], ARGV[5]
-local ttl = tonumber(ARGV[3])
+local session, tries, echo, fingerprint, idle = KEYS[1], KEYS[2], ARGV[#ARGV], ARGV[1], ARGV[4]
+local ttl, tried = tonumber(ARGV[2]), tonumber(ARGV[3])
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
 -- writes after TIME if it does.
 if redis.replicate_commands then redis.replicate_commands() end
 
-if redis.call('EXISTS', session) == 1 then
-  local own = repeated == '1' and redis.call('HGET', session, 'fp')
-  if own and string.sub(own, 1, 16) == fingerprint then return echo end
-  return redis.error_reply('IDTAKEN ' .. echo)
+if redis.call('EXISTS', session, tries) > 0 then
+  local there = tried > 0 and redis.call('HGET', session, 'fp')
+  local ours = there and string.sub(there, 1, 16) == fingerprint
+  -- Between this try and the first there are others: they may still come, when all is over.
+  local noted = ours and tried > 1 and redis.pcall('SET', tries, tried, 'PX', 3600000)
+  if noted and noted.err then return redis.error_reply(noted.err .. ' ' .. echo) end
+  if ours then return echo end
+  -- Held up on its way: it was sent again meanwhile, and what came of that may have ended since.
+  local late = tonumber(redis.call('GET', tries) or -1) >= tried
+  if late or redis.call('EXISTS', session) == 1 then return redis.error_reply('IDTAKEN ' .. echo) end
 end
 if ttl <= 0 then return echo end
+if tried > 0 then
+  local noted = redis.pcall('SET', tries, tried, 'PX', 3600000)
+  if noted.err then return redis.error_reply(noted.err .. ' ' .. echo) end
+end
 
 -- All that can fail comes before the first write, or is undone: no session is without an end.
 local time = redis.call('TIME')
@@ -32,12 +43,12 @@ if idle ~= '' then
 end
 local written = redis.pcall('HSET', session, 'fp', own)
 if written ~= 1 then return redis.error_reply(written.err .. ' ' .. echo) end
-for i = 6, #ARGV, 2 do redis.call('HSET', session, ARGV[i], ARGV[i + 1]) end
+for i = 5, #ARGV - 1, 2 do redis.call('HSET', session, ARGV[i], ARGV[i + 1]) end
 -- Last: if this end has come by now, nothing may be written after it.
 local expires = redis.pcall('PEXPIREAT', session, string.format('%.0f', ends))
 if expires == 1 then return echo end
 if redis.pcall('DEL', session) ~= 1 then
   redis.pcall('HDEL', session, 'fp')
-  for i = 6, #ARGV, 2 do redis.pcall('HDEL', session, ARGV[i]) end
+  for i = 5, #ARGV - 1, 2 do redis.pcall('HDEL', session, ARGV[i]) end
 end
 return redis.error_reply(expires.err .. ' ' .. echo)

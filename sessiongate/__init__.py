@@ -3,9 +3,10 @@
 Who imports whom, from the bottom up: `errors`; `arguments`, `tokens` and `keyspace` judge and name
 things; `scripts` are the Lua files; `command` is a call of one as a value, `answers` its results;
 `commands` makes of an operation its commands, with `subjects` for those on a subject's sessions;
-`wire` packs a command as a request and proves its reply. All of these do no I/O. `routes` finds the
-server of a command on a cluster. `gate` and `aio` (with its `lane`) run commands on the clients
-that `connect` makes of a URL; `cli` and `demo` show it.
+`call` is an operation under way: what is sent again, and when it has to be over; `wire` packs a
+command as a request and proves its reply. All of these do no I/O. `timed` makes connections that
+keep a deadline, `routes` finds the server of a command on a cluster. `gate` asks on `lines`, `aio`
+on a `lane`, with the client that `connect` makes of a URL; `cli` and `demo` show it.
 """
 
 from .aio import AsyncSessionGate
@@ -27,6 +28,7 @@ from .errors import (
     SessionGateError,
     SessionNotFoundError,
     TooManySessionsError,
+    UnderReplicatedError,
     WeakSignKeyWarning,
 )
 from .gate import SessionGate
@@ -51,6 +53,7 @@ __all__ = [
     "SessionInfo",
     "SessionNotFoundError",
     "TooManySessionsError",
+    "UnderReplicatedError",
     "WeakSignKeyWarning",
 ]
 

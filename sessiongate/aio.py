@@ -1,7 +1,7 @@
 """AsyncSessionGate: SessionGate under asyncio. What is asked at once goes out together."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
@@ -12,19 +12,23 @@ from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .answers import SessionInfo
-from .arguments import Data
-from .command import Answer, AnyCommand, Command
+from .arguments import Data, min_replicas_setting, timeout_setting
+from .call import Call
+from .command import Answer, AnyCommand, Command, NotRun
 from .commands import Commands
 from .connect import async_client_from_url
 from .errors import ConfigurationError, EventLoopError, GateClosedError
-from .gate import DEFAULT_PREFIX, SessionGate
+from .gate import DEFAULT_PREFIX, DEFAULT_TIMEOUT, SessionGate
 from .keyspace import Keyspace, system_random
 from .lane import Batch, Lane, OneLoop, Waiting, Watch
 from .routes import AsyncRoutes, Journey
 from .subjects import Overflow
+from .timed import FOREVER
 from .tokens import SignKey, SignKeyRing
 
 R = TypeVar("R")
@@ -54,9 +58,10 @@ class AsyncSessionGate:
     A gate belongs to the event loop that first uses it.
 
     Args:
-        client: the `redis.asyncio` client to use, `Redis` or `RedisCluster`; it stays the
-            application's, and `aclose` leaves it open. Its decoding, protocol, database and
-            timeouts are fine as they are.
+        client: the `redis.asyncio` client to use, `Redis` or `RedisCluster`, or what
+            `Sentinel(...).master_for(...)` returns; it stays the application's, and `aclose` leaves
+            it open. Its decoding, protocol, database and timeouts are fine as they are, and its
+            retries are not used.
         sign_key: the secret that signs tokens, or a list of them: the first signs, all verify, so
             that a key can be retired without signing anybody out. At least 32 random bytes each.
         prefix: what every key of this gate in Redis begins with; 1 to 200 bytes, no braces.
@@ -67,10 +72,14 @@ class AsyncSessionGate:
             takes one of the client's pool, which raises when it has no more to give.
         max_waiting: how many operations may be under way, for each server of a cluster; further
             callers wait for room. At least 1; without auto_pipeline it does not count.
+        timeout: seconds after which a call is over, whatever it waits for and however often it is
+            sent again; None leaves it to the client's timeouts.
+        min_replicas: how many replicas have to have what a call writes before it returns, 0 to
+            1,000; the calls that matter most take one of their own.
         random: where ids come from, `random(n)` being n bytes; only a test should replace it.
 
     Raises:
-        ConfigurationError: the client, sign key, prefix or a limit cannot be used.
+        ConfigurationError: the client, sign key, prefix or another setting cannot be used.
 
     Example:
         >>> from sessiongate import AsyncSessionGate
@@ -90,6 +99,8 @@ class AsyncSessionGate:
         on_overflow: Overflow = "evict",
         auto_pipeline: bool = True,
         max_waiting: int = DEFAULT_MAX_WAITING,
+        timeout: float | None = DEFAULT_TIMEOUT,  # of every call, not of this one
+        min_replicas: int = 0,
         random: Callable[[int], bytes] = system_random,
     ) -> None:
         self._closed = False
@@ -101,8 +112,13 @@ class AsyncSessionGate:
             )
         if not isinstance(max_waiting, int) or max_waiting < 1:
             raise ConfigurationError("max_waiting is a whole number of at least 1")
+        self._timeout = timeout_setting(timeout)
         self._commands = Commands(
-            SignKeyRing(sign_key), Keyspace(prefix, random), max_sessions, on_overflow
+            SignKeyRing(sign_key),
+            Keyspace(prefix, random),
+            max_sessions,
+            on_overflow,
+            min_replicas_setting(min_replicas),
         )
         self._client = client
         self._owns_client = False
@@ -127,20 +143,26 @@ class AsyncSessionGate:
         on_overflow: Overflow = "evict",
         auto_pipeline: bool = True,
         max_waiting: int = DEFAULT_MAX_WAITING,
+        timeout: float | None = DEFAULT_TIMEOUT,  # of every call, not of this one
+        min_replicas: int = 0,
         random: Callable[[int], bytes] = system_random,
     ) -> Self:
         """A gate with a client of its own, which `aclose` closes. Connects at the first call.
 
         Args:
             url: `redis://[[user]:password@]host[:6379][/database]`, `rediss://` (TLS),
-                `unix:///path/to/socket` or `memory://`, a store of this gate's own in the process
-                (extra `memory`). Options of redis-py follow a `?`, as in `?socket_timeout=2`.
+                `unix:///path/to/socket`, `redis+sentinel://host:26379,host:26379/mymaster[/0]`,
+                `redis+cluster://host:7000,host:7001`, or `memory://`, a store of this gate's own in
+                the process (extra `memory`). Options of redis-py follow a `?`, as in
+                `?socket_timeout=1`: how long one try of a call may take, 2 unless you say so.
             sign_key: as for the class.
             prefix: as for the class.
             max_sessions: as for the class.
             on_overflow: as for the class.
             auto_pipeline: as for the class.
             max_waiting: as for the class.
+            timeout: as for the class.
+            min_replicas: as for the class.
             random: as for the class.
 
         Raises:
@@ -160,6 +182,8 @@ class AsyncSessionGate:
             on_overflow=on_overflow,
             auto_pipeline=auto_pipeline,
             max_waiting=max_waiting,
+            timeout=timeout,
+            min_replicas=min_replicas,
             random=random,
         )
         gate._owns_client = True
@@ -173,8 +197,11 @@ class AsyncSessionGate:
         *,
         subject: str | None = None,
         idle_timeout: int | timedelta | None = None,
+        min_replicas: int | None = None,
     ) -> str:
-        return await self._run(self._commands.start(ttl, payloads, subject, idle_timeout))
+        return await self._run(
+            self._commands.start(ttl, payloads, subject, idle_timeout, min_replicas)
+        )
 
     @_as_in(SessionGate.touch)
     async def touch(self, token: str | bytes) -> None:
@@ -186,13 +213,20 @@ class AsyncSessionGate:
 
     @_as_in(SessionGate.renew)
     async def renew(
-        self, token: str | bytes, *, grace: int | timedelta = 10, subject: str | None = None
+        self,
+        token: str | bytes,
+        *,
+        grace: int | timedelta = 10,
+        subject: str | None = None,
+        min_replicas: int | None = None,
     ) -> str:
-        return await self._run(self._commands.renew(token, grace, subject))
+        return await self._run(self._commands.renew(token, grace, subject, min_replicas))
 
     @_as_in(SessionGate.expire)
-    async def expire(self, token: str | bytes, ttl: int | timedelta) -> None:
-        return await self._run(self._commands.expire(token, ttl))
+    async def expire(
+        self, token: str | bytes, ttl: int | timedelta, *, min_replicas: int | None = None
+    ) -> None:
+        return await self._run(self._commands.expire(token, ttl, min_replicas))
 
     @_as_in(SessionGate.pset)
     async def pset(  # noqa: PLR0913  # options are keyword-only
@@ -238,16 +272,22 @@ class AsyncSessionGate:
         return await self._run(self._commands.pincr(token, name, by))
 
     @_as_in(SessionGate.end)
-    async def end(self, token: str | bytes) -> None:
-        return await self._run(self._commands.end(token))
+    async def end(self, token: str | bytes, *, min_replicas: int | None = None) -> None:
+        return await self._run(self._commands.end(token, min_replicas))
 
     @_as_in(SessionGate.sessions)
     async def sessions(self, subject: str) -> list[SessionInfo]:
         return await self._run(self._commands.sessions(subject))
 
     @_as_in(SessionGate.end_all)
-    async def end_all(self, subject: str, *, keep: str | bytes | None = None) -> int:
-        return await self._run(self._commands.end_all(subject, keep))
+    async def end_all(
+        self,
+        subject: str,
+        *,
+        keep: str | bytes | None = None,
+        min_replicas: int | None = None,
+    ) -> int:
+        return await self._run(self._commands.end_all(subject, keep, min_replicas))
 
     @_as_in(SessionGate.end_one)
     async def end_one(self, subject: str, session_id: str) -> None:
@@ -298,24 +338,26 @@ class AsyncSessionGate:
     async def _run(self, command: Command[R]) -> R:
         if self._closed:
             raise GateClosedError
-        while True:
-            # An error here is the caller's: nothing was sent.
-            answer = await self._channel.ask(command)
-            try:
-                result = command.result(answer)
-                if not isinstance(result, Command):
-                    return result
-                following = result
-            except Exception as error:
-                repetition = command.after(error)
-                if repetition is None:
-                    raise
-                following = repetition
-            command = following
+        clock = asyncio.get_running_loop().time
+        call = Call(command, clock() + self._timeout, clock)
+        ask: Callable[[Command[R], float], Awaitable[Answer]] = self._channel.ask
+        while call.goes_on(await ask(call.command, call.due)):
+            if call.pause:
+                await asyncio.sleep(call.pause)
+            # What is sent now is due before what others have sent meanwhile.
+            ask = self._ask_in_time
+        return call.result
+
+    async def _ask_in_time(self, command: AnyCommand, due: float) -> Answer:
+        try:
+            async with asyncio.timeout_at(None if due == FOREVER else due):
+                return await self._channel.ask(command, due)
+        except TimeoutError:
+            return RedisTimeoutError("Timeout of the whole call")
 
 
 class _Channel(Protocol):
-    async def ask(self, command: AnyCommand, *, asking: bool = False) -> Answer: ...
+    async def ask(self, command: AnyCommand, due: float, *, asking: bool = False) -> Answer: ...
 
     async def close(self) -> None: ...
 
@@ -327,24 +369,34 @@ class _Pooled:
         self._pool = pool
         self._loop = OneLoop()
 
-    async def ask(self, command: AnyCommand, *, asking: bool = False) -> Answer:
+    async def ask(self, command: AnyCommand, due: float, *, asking: bool = False) -> Answer:
         loop = self._loop.check()
+        limit = None if due == FOREVER else due
         try:
-            connection = await self._pool.get_connection()
-        except RedisError:
-            raise
+            async with asyncio.timeout_at(limit):
+                connection = await self._pool.get_connection()
+        except RedisError as error:
+            return NotRun(error)
+        except TimeoutError:
+            return NotRun(RedisTimeoutError("Timeout connecting to server"))
+        except OSError as error:
+            # What redis-py lets through: of TLS, of a name that cannot be looked up.
+            return NotRun(RedisConnectionError(f"{type(error).__name__} while connecting"))
         except Exception:
             # redis-py puts a connection back whose handshake failed otherwise, half made for good.
             # (One whose handshake was cancelled has a reply to come, which the echo will tell.)
             await self._pool.disconnect(inuse_connections=False)
             raise
-        waiting = Waiting(command, loop.create_future(), asking)
-        batch = Batch([waiting])
+        waiting = Waiting(command, loop.create_future(), due, asking)
+        batch = Batch([waiting], fresh=False)
         try:
-            # Its own timeout, as it is the pool's.
-            await batch.exchange(connection, Watch(None))
+            async with asyncio.timeout_at(limit):
+                # Its own timeout, as it is the pool's.
+                await batch.exchange(connection, Watch(None))
         except RedisError as error:
-            waiting.settle(error)
+            batch.fail(error)
+        except TimeoutError:
+            batch.fail(RedisTimeoutError("Timeout waiting for the reply of Redis"))
         finally:
             try:
                 if not batch.sound:
@@ -395,21 +447,30 @@ class _Clustered:
         self._loop = OneLoop()
         self._closed = False
 
-    async def ask(self, command: AnyCommand, *, asking: bool = False) -> Answer:
-        self._loop.check()
+    async def ask(self, command: AnyCommand, due: float, *, asking: bool = False) -> Answer:
+        loop = self._loop.check()
         journey = Journey()
         while True:
-            node = await self._routes.node(command, journey)
+            if self._closed:
+                raise GateClosedError
+            try:
+                node = await self._routes.node(command, journey, due)
+            except RedisError as error:
+                return NotRun(error)
             if self._turn != self._routes.turn:
                 self._turn = self._routes.turn
                 self._forget(self._servers.keys() - self._routes.names())
-            answer = await self._ask_at(node, command, asking=asking or journey.asking)
-            self._routes.heard(node, answer)
-            if not journey.goes_on(answer, node.host):
+            answer = await self._ask_at(node, command, due, asking=asking or journey.asking)
+            self._routes.heard(node.name, answer)
+            if not journey.goes_on(command, answer, node.host):
+                return answer
+            if loop.time() + journey.pause >= due:
                 return answer
             await asyncio.sleep(journey.pause)
 
-    async def _ask_at(self, node: ClusterNode, command: AnyCommand, *, asking: bool) -> Answer:
+    async def _ask_at(
+        self, node: ClusterNode, command: AnyCommand, due: float, *, asking: bool
+    ) -> Answer:
         if self._closed:
             raise GateClosedError
         if node.name not in self._servers:
@@ -417,9 +478,7 @@ class _Clustered:
         server = self._servers[node.name]
         server.callers += 1
         try:
-            return await server.channel.ask(command, asking=asking)
-        except RedisError as error:
-            return error
+            return await server.channel.ask(command, due, asking=asking)
         finally:
             server.callers -= 1
             if server.gone and not server.callers:

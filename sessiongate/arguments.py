@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
-from .errors import ArgumentError
+from .errors import ArgumentError, ConfigurationError
 
 Data = str | bytes | bytearray | memoryview
 
@@ -11,6 +11,8 @@ MAX_TTL_SECONDS = 100 * 365 * 24 * 60 * 60
 MAX_NAME_BYTES = 200
 MAX_DATA_BYTES = 8_000_000
 MAX_SUBJECT_BYTES = 200
+MAX_REPLICAS = 1000
+MAX_TIMEOUT_SECONDS = 10**9  # sockets refuse more
 
 MISSING_HINT = ": is it missing from your settings?"
 
@@ -70,6 +72,35 @@ def by_arg(by: int) -> bytes:
     return b"%d" % by
 
 
+def min_replicas_arg(min_replicas: int | None, otherwise: int) -> int:
+    """How many replicas to wait for."""
+    if min_replicas is None:
+        return otherwise
+    if not _is_count(min_replicas):
+        raise ArgumentError(f"min_replicas is a whole number of 0 to {MAX_REPLICAS}")
+    return min_replicas
+
+
+def min_replicas_setting(min_replicas: int) -> int:
+    """How many replicas to wait for unless a call says otherwise."""
+    if not _is_count(min_replicas):
+        raise ConfigurationError(f"min_replicas is a whole number of 0 to {MAX_REPLICAS}")
+    return min_replicas
+
+
+def timeout_setting(timeout: float | None) -> float:
+    """The seconds that a call may take."""
+    if timeout is None:
+        return float("inf")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise ConfigurationError(
+            f"timeout is a number of seconds, or None, not {type(timeout).__name__}"
+        )
+    if not 0 < timeout <= MAX_TIMEOUT_SECONDS:
+        raise ConfigurationError(f"timeout is above 0 and at most {MAX_TIMEOUT_SECONDS} seconds")
+    return timeout
+
+
 def field_arg(name: str) -> bytes:
     """The hash field of a payload: its name behind a colon."""
     if not isinstance(name, str):
@@ -120,6 +151,10 @@ def data_arg(data: Data, name: str) -> bytes:
 def type_of_setting(value: object) -> str:
     """The name of a type for a message; None has mostly one cause."""
     return type(value).__name__ + (MISSING_HINT if value is None else "")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_REPLICAS
 
 
 # These two return None rather than raise: an encoding error carries the text, which may be a

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from redis import exceptions as redis_errors
-
 from . import scripts
 from .errors import (
     IdTakenError,
@@ -33,14 +31,37 @@ class Refusal(NamedTuple):
     code: str
 
 
-# What came of a command: what its script returned, its refusal, or an error to raise.
-Answer = bytes | Refusal | Exception
+class NotRun(NamedTuple):
+    """The command did not run, for certain: it was not sent, or the server would not run it now."""
+
+    error: Exception
+
+
+class Written(NamedTuple):
+    """What a script returned, and how many replicas had what it wrote when the wait was over.
+
+    `error` is what the wait ended with if it could not be waited for.
+    """
+
+    reply: bytes
+    replicas: int
+    error: Exception | None = None
+
+
+# What came of a command: what its script returned, its refusal, or an error to raise. An error
+# leaves open whether it ran.
+Answer = bytes | Refusal | NotRun | Written | Exception
 
 
 class Command(NamedTuple, Generic[R]):
     """One call of one script. Made here, sent by a gate.
 
     What `decode` makes of the reply is the result, or the command that an operation goes on with.
+    `repeat` makes the command to send when it is unknown whether this one ran; without, it is not
+    sent again. `recover` makes what to send after another error, if anything.
+
+    With `replicas` the answer is waited for until as many have what was written. `unmarked` says
+    that the script may have written nothing, being the second to do its work.
     """
 
     script: Script
@@ -49,14 +70,19 @@ class Command(NamedTuple, Generic[R]):
     decode: "Callable[[bytes], R | Command[R]]"
     session_id: str
     payload: str = ""
+    repeat: "Callable[[Command[R]], Command[R]] | None" = None
     recover: "Callable[[Command[R], Exception], Command[R] | None] | None" = None
+    replicas: int = 0
+    unmarked: bool = False
+    absence_is_done: bool = False  # that the session is gone is what it was sent for
+    anywhere: bool = False  # another slot of a cluster would do as well: `recover` knows
     by_source: bool = False
 
     def __repr__(self) -> str:
         # Arguments are fingerprints and payloads: not for logs.
         return f"<Command {self.script.name}>"
 
-    def result(self, answer: Answer) -> "R | Command[R]":
+    def result(self, answer: bytes | Refusal | Exception) -> "R | Command[R]":
         """The decoded answer, or the error that stands for it, raised."""
         if isinstance(answer, bytes):
             return self.decode(answer)
@@ -66,6 +92,8 @@ class Command(NamedTuple, Generic[R]):
             finally:
                 del answer  # the error refers to this frame: the two would keep each other
         match answer.code:
+            case "NOSESSION" if self.absence_is_done:
+                return self.decode(b"")
             case "NOSESSION":
                 raise SessionNotFoundError(self.session_id)
             case "NOPAYLOAD":
@@ -80,28 +108,18 @@ class Command(NamedTuple, Generic[R]):
                 raise TooManySessionsError
         raise IdTakenError
 
-    def after(self, error: Exception) -> "Command[R] | None":
-        """The command to send now that this one failed; None if its error is the caller's.
-
-        The chain ends by itself: each step uses up what led to it.
-        """
-        if isinstance(error, redis_errors.NoScriptError) and not self.by_source:
-            # The same call with the source: needs no other node nor permission, and registers it.
-            return self._replace(by_source=True)
-        return self.recover(self, error) if self.recover else None
-
 
 AnyCommand = Command[Any]  # for code that carries commands and never looks at their results
 
 
-def lost(error: Exception) -> bool:
-    """Whether it is unknown if the command ran. Subclasses name a refusal: then it is known."""
-    return type(error) in (redis_errors.ConnectionError, redis_errors.TimeoutError)
+def again(command: Command[R]) -> Command[R]:
+    """For what a second try does not change: the same once more."""
+    return command
 
 
-def once_more(command: Command[R], error: Exception) -> Command[R] | None:
-    """For what a second try does not change: send it again if its reply was lost."""
-    return command._replace(recover=None) if lost(error) else None
+def or_gone(command: Command[R]) -> Command[R]:
+    """For what ends a session: the same once more, and done if the session is gone by then."""
+    return command._replace(absence_is_done=True)
 
 
 def nothing(_: bytes) -> None:
@@ -112,3 +130,8 @@ def nothing(_: bytes) -> None:
 # Asked behind an error without an echo, to tell whether that was the answer to the request before.
 # Sent by source: it must not meet a NOSCRIPT itself.
 PROBE: Command[None] = Command(scripts.ECHO, (), (), nothing, "", by_source=True)
+
+
+def mark_of(command: AnyCommand) -> Command[None]:
+    """The write that changes nothing, to be waited for in place of the command's own."""
+    return Command(scripts.MARK, command.keys[:1], (), nothing, "", by_source=True)

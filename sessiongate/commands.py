@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
+from redis.exceptions import TryAgainError
+
 from . import answers, scripts
 from .answers import SessionInfo
 from .arguments import (
@@ -16,11 +18,12 @@ from .arguments import (
     data_arg,
     field_arg,
     idle_timeout_arg,
+    min_replicas_arg,
     names_arg,
     payloads_arg,
     ttl_arg,
 )
-from .command import Command, lost, nothing, once_more
+from .command import Command, again, nothing, or_gone
 from .errors import ArgumentError, IdTakenError
 from .keyspace import Keyspace
 from .subjects import MAX_DRAWS, Opening, Overflow, Source, Subjects
@@ -36,7 +39,7 @@ def _data(answer: bytes) -> bytes:
 class Commands:
     """Makes the command of each operation; whatever can be refused locally is refused here."""
 
-    __slots__ = ("_keyspace", "_ring", "_subjects")
+    __slots__ = ("_keyspace", "_replicas", "_ring", "_subjects")
 
     def __init__(
         self,
@@ -44,9 +47,11 @@ class Commands:
         keyspace: Keyspace,
         max_sessions: int | None = None,
         on_overflow: Overflow = "evict",
+        min_replicas: int = 0,
     ) -> None:
         self._ring = ring
         self._keyspace = keyspace
+        self._replicas = min_replicas
         self._subjects = Subjects(ring, keyspace, max_sessions, on_overflow)
 
     def verify(self, token: str | bytes) -> str:
@@ -58,36 +63,46 @@ class Commands:
         payloads: Mapping[str, Data] | None = None,
         subject: str | None = None,
         idle_timeout: int | timedelta | None = None,
+        min_replicas: int | None = None,
     ) -> Command[str]:
         opening = Opening(ttl_arg(ttl), idle_timeout_arg(idle_timeout), payloads_arg(payloads))
+        replicas = min_replicas_arg(min_replicas, self._replicas)
         if subject is not None:
-            return self._subjects.start(subject, opening)
-        return self._start(opening, MAX_DRAWS)
+            return self._subjects.start(subject, opening, replicas)
+        return self._start(opening, replicas, MAX_DRAWS)
 
-    def _start(self, opening: Opening, draws: int) -> Command[str]:
+    def _start(self, opening: Opening, replicas: int, draws: int) -> Command[str]:
         session_id = self._keyspace.new_id()
         token, fingerprint = self._ring.sign(session_id)
         ttl, idle_timeout, fields, _ = opening
 
+        def repeat(command: Command[str]) -> Command[str]:
+            tried = b"%d" % (int(command.args[2]) + 1)
+            args = (fingerprint, ttl, tried, idle_timeout, *fields)
+            return command._replace(args=args, anywhere=False)
+
         def recover(command: Command[str], error: Exception) -> Command[str] | None:
-            if isinstance(error, IdTakenError) and draws > 1:
-                return self._start(opening, draws - 1)
-            if lost(error) and command.args[2] == b"0":
-                return command._replace(args=(fingerprint, ttl, b"1", idle_timeout, *fields))
+            # A slot that moves takes no new session, since that has two Redis keys.
+            elsewhere = command.anywhere and isinstance(error, TryAgainError)
+            if (elsewhere or isinstance(error, IdTakenError)) and draws > 1:
+                return self._start(opening, replicas, draws - 1)
             return None
 
         return Command(
             scripts.START,
-            (self._keyspace.session_key(session_id),),
+            (self._keyspace.session_key(session_id), self._keyspace.tries_key(session_id)),
             (fingerprint, ttl, b"0", idle_timeout, *fields),
             lambda _: token,
             session_id,
+            repeat=repeat,
             recover=recover,
+            replicas=replicas,
+            anywhere=True,
         )
 
     def touch(self, token: str | bytes) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
-        return Command(scripts.TOUCH, keys, (fingerprint,), nothing, session_id, "", once_more)
+        return Command(scripts.TOUCH, keys, (fingerprint,), nothing, session_id, "", again)
 
     def info(self, token: str | bytes) -> Command[SessionInfo]:
         session_id, fingerprint, keys = self._session(token)
@@ -95,28 +110,44 @@ class Commands:
         def told(answer: bytes) -> SessionInfo:
             return answers.session_info(session_id, answer)
 
-        return Command(scripts.INFO, keys, (fingerprint,), told, session_id, "", once_more)
+        return Command(scripts.INFO, keys, (fingerprint,), told, session_id, "", again)
 
-    def expire(self, token: str | bytes, ttl: int | timedelta) -> Command[None]:
+    def expire(
+        self, token: str | bytes, ttl: int | timedelta, min_replicas: int | None = None
+    ) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
         args = (fingerprint, ttl_arg(ttl))
+        replicas = min_replicas_arg(min_replicas, self._replicas)
 
         def expired(subject: bytes) -> Command[None] | None:
             if not subject:
                 return None
             # A token does not tell whose it is, and the index has to know when its sessions end.
             both = (*keys, self._subjects.index_key(subject))
-            return Command(scripts.EXPIRE, both, (*args, session_id.encode()), nothing, session_id)
+            return Command(
+                scripts.EXPIRE,
+                both,
+                (*args, session_id.encode()),
+                nothing,
+                session_id,
+                replicas=replicas,
+            )
 
-        return Command(scripts.EXPIRE, keys, args, expired, session_id)
+        return Command(scripts.EXPIRE, keys, args, expired, session_id, replicas=replicas)
 
     def renew(
-        self, token: str | bytes, grace: int | timedelta, subject: str | None
+        self,
+        token: str | bytes,
+        grace: int | timedelta,
+        subject: str | None,
+        min_replicas: int | None = None,
     ) -> Command[str]:
         session_id, fingerprint, generation = self._ring.verify(token)
         grace_arg = ttl_arg(grace, "grace")
+        replicas = min_replicas_arg(min_replicas, self._replicas)
         if subject is not None:
-            return self._subjects.adopt(Source(session_id, fingerprint, generation), subject)
+            source = Source(session_id, fingerprint, generation)
+            return self._subjects.adopt(source, subject, replicas)
         successor = self._ring.sign(session_id, generation + 1)[1]
         realm = self._ring.realms[0]
         # What others ask for is the same token: only the nonce tells a repetition from that.
@@ -128,20 +159,37 @@ class Commands:
             return self._ring.token_of(its_fingerprint, session_id, int(digits))
 
         keys = (self._keyspace.session_key(session_id),)
-        return Command(scripts.RENEW, keys, args, renewed, session_id, "", once_more)
+        return Command(
+            scripts.RENEW,
+            keys,
+            args,
+            renewed,
+            session_id,
+            repeat=again,
+            replicas=replicas,
+            unmarked=True,  # of renewals at the same time one writes, all others read
+        )
 
-    def end(self, token: str | bytes) -> Command[None]:
+    def end(self, token: str | bytes, min_replicas: int | None = None) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
-        return Command(scripts.END, keys, (fingerprint,), nothing, session_id)
+        replicas = min_replicas_arg(min_replicas, self._replicas)
+        args = (fingerprint,)
+        return Command(
+            scripts.END, keys, args, nothing, session_id, repeat=or_gone, replicas=replicas
+        )
 
     def sessions(self, subject: str) -> Command[list[SessionInfo]]:
         return self._subjects.sessions(subject)
 
-    def end_all(self, subject: str, keep: str | bytes | None) -> Command[int]:
-        return self._subjects.end_all(subject, "" if keep is None else self.verify(keep))
+    def end_all(
+        self, subject: str, keep: str | bytes | None, min_replicas: int | None = None
+    ) -> Command[int]:
+        kept = "" if keep is None else self.verify(keep)
+        replicas = min_replicas_arg(min_replicas, self._replicas)
+        return self._subjects.end_all(subject, kept, replicas)
 
     def end_one(self, subject: str, session_id: str) -> Command[None]:
-        return self._subjects.end_one(subject, session_id)
+        return self._subjects.end_one(subject, session_id, self._replicas)
 
     def pset(  # noqa: PLR0913  # options are keyword-only
         self,
@@ -156,7 +204,9 @@ class Commands:
         session_id, fingerprint, keys = self._session(token)
         args = (fingerprint, field_arg(name), data_arg(data, name))
         if if_absent is False and if_match is None and ttl is None:
-            return Command(scripts.PSET, keys, args, nothing, session_id, name)
+            return Command(
+                scripts.PSET, keys, args, nothing, session_id, name, replicas=self._replicas
+            )
         if not isinstance(if_absent, bool):
             raise ArgumentError(f"if_absent is a bool, not {type(if_absent).__name__}")
         if if_absent and if_match is not None:
@@ -164,44 +214,62 @@ class Commands:
         condition = b"absent" if if_absent else b"" if if_match is None else b"match"
         expected = b"" if if_match is None else data_arg(if_match, name)
         options = (condition, expected, b"" if ttl is None else ttl_arg(ttl))
-        return Command(scripts.PSET_IF, keys, (*args, *options), nothing, session_id, name)
+        return Command(
+            scripts.PSET_IF,
+            keys,
+            (*args, *options),
+            nothing,
+            session_id,
+            name,
+            replicas=self._replicas,
+        )
 
     def pset_many(self, token: str | bytes, payloads: Mapping[str, Data]) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
         if payloads is None:
             raise ArgumentError("payloads is a mapping of names to data, not NoneType")
         args = (fingerprint, *payloads_arg(payloads))
-        return Command(scripts.PSET_MANY, keys, args, nothing, session_id)
+        return Command(scripts.PSET_MANY, keys, args, nothing, session_id, replicas=self._replicas)
 
     def pget(self, token: str | bytes, name: str) -> Command[bytes]:
         session_id, fingerprint, keys = self._session(token)
         args = (fingerprint, field_arg(name))
-        return Command(scripts.PGET, keys, args, _data, session_id, name, once_more)
+        return Command(scripts.PGET, keys, args, _data, session_id, name, again)
 
     def pget_many(self, token: str | bytes, names: Iterable[str]) -> Command[dict[str, bytes]]:
         session_id, fingerprint, keys = self._session(token)
         args = (fingerprint, *names_arg(names))
-        return Command(scripts.PGET_MANY, keys, args, answers.payloads, session_id, "", once_more)
+        return Command(scripts.PGET_MANY, keys, args, answers.payloads, session_id, "", again)
 
     def pall(self, token: str | bytes) -> Command[dict[str, bytes]]:
         session_id, fingerprint, keys = self._session(token)
         args = (fingerprint,)
-        return Command(scripts.PALL, keys, args, answers.payloads, session_id, "", once_more)
+        return Command(scripts.PALL, keys, args, answers.payloads, session_id, "", again)
 
     def pdel(self, token: str | bytes, name: str) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
-        args = (fingerprint, field_arg(name))
-        return Command(scripts.PDEL, keys, args, nothing, session_id, name)
+        # A later payload of that name is not this call's to delete: the nonce tells a repetition.
+        args = (fingerprint, field_arg(name), os.urandom(NONCE_BYTES))
+        return Command(
+            scripts.PDEL,
+            keys,
+            args,
+            nothing,
+            session_id,
+            name,
+            repeat=again,
+            replicas=self._replicas,
+        )
 
     def ppop(self, token: str | bytes, name: str) -> Command[bytes]:
         session_id, fingerprint, keys = self._session(token)
         args = (fingerprint, field_arg(name))
-        return Command(scripts.PPOP, keys, args, _data, session_id, name)
+        return Command(scripts.PPOP, keys, args, _data, session_id, name, replicas=self._replicas)
 
     def pincr(self, token: str | bytes, name: str, by: int) -> Command[int]:
         session_id, fingerprint, keys = self._session(token)
         args = (fingerprint, field_arg(name), by_arg(by))
-        return Command(scripts.PINCR, keys, args, int, session_id, name)
+        return Command(scripts.PINCR, keys, args, int, session_id, name, replicas=self._replicas)
 
     def _session(self, token: str | bytes) -> tuple[str, bytes, tuple[bytes]]:
         session_id, fingerprint, _ = self._ring.verify(token)

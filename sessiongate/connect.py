@@ -1,21 +1,27 @@
 """A URL becomes a redis-py client with the settings that a gate wants."""
 
 from collections.abc import Callable
-from typing import TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from redis import Redis, RedisCluster
 from redis import __version__ as redis_version
 from redis import asyncio as redis_asyncio
+from redis.asyncio.cluster import ClusterNode as AsyncClusterNode
 from redis.asyncio.retry import Retry as AsyncRetry
+from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.backoff import NoBackoff
+from redis.cluster import ClusterNode
+from redis.connection import parse_url
 from redis.exceptions import RedisError
 from redis.retry import Retry
+from redis.sentinel import Sentinel
 
 from .arguments import MISSING_HINT, type_of_setting, utf8
 from .errors import ConfigurationError
 
 MEMORY_URL = "memory://"
+_SCHEMES = ("redis", "rediss", "unix", "memory")
 
 AnyClient = TypeVar("AnyClient", Redis, redis_asyncio.Redis)
 
@@ -25,13 +31,34 @@ _MAX_CONNECTIONS = 10_000
 _FIRST_SOUND_CACHE = 8
 _TIMEOUTS = ("socket_timeout", "socket_connect_timeout")
 _LONGEST_TIMEOUT = 10**9  # seconds; sockets refuse more when they connect
+# Less than a gate's timeout, so that a call can try again; a sentinel has but one thing to say.
+_TIMEOUT = 2.0
+_SENTINEL_TIMEOUT = 1.0
 
-# In both: RESP2, since redis-py's HELLO fails before Redis 6. No retries of redis-py's own, since
+_SENTINEL = "+sentinel"
+_CLUSTER = "+cluster"
+_PORTS = {_SENTINEL: 26_379, _CLUSTER: 6_379}
+_SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
+
+# In all: RESP2, since redis-py's HELLO fails before Redis 6. No retries of redis-py's own, since
 # the gate knows which command may be sent twice.
 
 
-def client_from_url(url: str) -> Redis:
-    """A client of the server at `url`; it has not connected yet.
+class LaterCluster:
+    """A synchronous cluster client that is yet to be made: redis-py's connects when it is."""
+
+    def __init__(self, nodes: list[tuple[str, int]], options: dict[str, Any]) -> None:
+        self._nodes = nodes
+        self._options = options
+
+    def __call__(self) -> RedisCluster:
+        """The client, which has read the topology."""
+        nodes = [ClusterNode(host, port) for host, port in self._nodes]
+        return RedisCluster(startup_nodes=nodes, **self._options)
+
+
+def client_from_url(url: str) -> Redis | LaterCluster:
+    """A client of what is at `url`; it has not connected yet.
 
     Raises:
         ConfigurationError: the URL is none of ours, or needs an extra that is not installed.
@@ -44,10 +71,16 @@ def client_from_url(url: str) -> Redis:
             raise _memory_is_missing() from None
         return FakeRedis(server=FakeServer(), protocol=2)
     retry = Retry(NoBackoff(), 0)
+    if many := _Many.of(url):
+        if many.kind == _CLUSTER:
+            return LaterCluster(many.nodes, many.options)
+        sentinel = Sentinel(many.nodes, sentinel_kwargs={**many.sentinel_options, "retry": retry})
+        primary: Redis = sentinel.master_for(many.service, **many.options, retry=retry)
+        return primary
     return _checked(url, lambda url: Redis.from_url(url, protocol=2, retry=retry))
 
 
-def async_client_from_url(url: str) -> redis_asyncio.Redis:
+def async_client_from_url(url: str) -> redis_asyncio.Redis | redis_asyncio.RedisCluster:
     """The same for asyncio."""
     url = _with_scheme(url)
     if url == MEMORY_URL:
@@ -57,12 +90,105 @@ def async_client_from_url(url: str) -> redis_asyncio.Redis:
             raise _memory_is_missing() from None
         return FakeAsyncRedis(server=FakeServer(), protocol=2)
     retry = AsyncRetry(NoBackoff(), 0)
+    if many := _Many.of(url):
+        if many.kind == _CLUSTER:
+            nodes = [AsyncClusterNode(host, port) for host, port in many.nodes]
+            return redis_asyncio.RedisCluster(
+                startup_nodes=nodes, max_connections=_MAX_CONNECTIONS, **many.options
+            )
+        sentinel = AsyncSentinel(
+            many.nodes, sentinel_kwargs={**many.sentinel_options, "retry": retry}
+        )
+        primary: redis_asyncio.Redis = sentinel.master_for(
+            many.service, max_connections=_MAX_CONNECTIONS, **many.options, retry=retry
+        )
+        return primary
     return _checked(
         url,
         lambda url: redis_asyncio.Redis.from_url(
             url, protocol=2, retry=retry, max_connections=_MAX_CONNECTIONS
         ),
     )
+
+
+class _Many(NamedTuple):
+    """What a URL says that names several servers."""
+
+    kind: str
+    nodes: list[tuple[str, int]]
+    service: str
+    options: dict[str, Any]
+    sentinel_options: dict[str, Any]
+
+    @classmethod
+    def of(cls, url: str) -> "_Many | None":
+        """Of such a URL; None of any other."""
+        scheme = url.partition("://")[0]
+        kind = next((kind for kind in _PORTS if scheme.endswith(kind)), "")
+        if not kind:
+            return None
+        many = cls._read(url, kind)
+        if many is None:
+            # Nothing of the URL, nor an error that led here: they may hold a password.
+            raise ConfigurationError(
+                "the URL names no hosts, ports, service or options that can be used: give "
+                "redis+sentinel://user:password@host:26379,host:26379/mymaster/0?option=value or "
+                "redis+cluster://user:password@host:7000,host:7001?option=value, and write special "
+                "characters of a password as %2F and the like"
+            )
+        return many
+
+    @classmethod
+    def _read(cls, url: str, kind: str) -> "_Many | None":
+        try:
+            parts = urlsplit(url)
+            login, at, hosts = parts.netloc.rpartition("@")
+            service, _, database = unquote(parts.path).strip("/").partition("/")
+            if kind == _CLUSTER:
+                service, database = database, service  # a cluster has no service, and one database
+            words = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        except ValueError:
+            return None
+        if bool(service) != (kind == _SENTINEL) or (kind == _CLUSTER and database.strip("0")):
+            return None
+        single = parts._replace(
+            scheme=parts.scheme.removesuffix(kind),
+            path=f"/{database}",
+            query=urlencode(
+                [(name, value) for name, value in words if name not in _SENTINEL_OPTIONS]
+            ),
+        )
+        nodes: list[tuple[str, int]] = []
+        for host in hosts.split(","):
+            address = urlsplit(f"//{host}")
+            if (
+                not host
+                or _made(single._replace(netloc=f"{login}{at}{host}").geturl(), _plain) is None
+            ):
+                return None
+            nodes.append((address.hostname or "", address.port or _PORTS[kind]))
+        options = parse_url(single._replace(netloc=f"{login}{at}{host}").geturl())
+        for name in ("host", "port", "path"):
+            options.pop(name, None)
+        if options.pop("connection_class", None):
+            options["ssl"] = True
+        if kind == _CLUSTER:
+            options.pop("db", None)
+        options["protocol"] = 2
+        theirs = {
+            name: value for name, value in options.items() if name.startswith(("ssl", "socket"))
+        }
+        theirs |= {
+            _SENTINEL_OPTIONS[name]: value for name, value in words if name in _SENTINEL_OPTIONS
+        }
+        for name in _TIMEOUTS:
+            options.setdefault(name, _TIMEOUT)
+            theirs.setdefault(name, _SENTINEL_TIMEOUT)
+        return cls(kind, nodes, service, options, {**theirs, "protocol": 2})
+
+
+def _plain(url: str) -> Redis:
+    return Redis.from_url(url, protocol=2)
 
 
 def refuse_stale_cache(client: Redis | RedisCluster) -> None:
@@ -100,12 +226,21 @@ def _with_scheme(url: object) -> str:
         raise ConfigurationError("url is valid text: this one holds a lone surrogate")
     scheme, separator, rest = url.partition("://")
     url = scheme.lower() + separator + rest
-    if url != MEMORY_URL and not url.startswith(("redis://", "rediss://", "unix://")):
-        raise ConfigurationError(
-            "not a URL that a gate understands: give redis://host:6379/0, rediss://..., "
-            "unix:///path/to/socket or memory://, with options of redis-py behind a ?"
-        )
+    plain = scheme.lower().removesuffix(_SENTINEL).removesuffix(_CLUSTER)
+    several = plain != scheme.lower()
+    if not separator or plain not in (("redis", "rediss") if several else _SCHEMES):
+        raise _not_understood()
+    if plain == "memory" and url != MEMORY_URL:
+        raise _not_understood()
     return url
+
+
+def _not_understood() -> ConfigurationError:
+    return ConfigurationError(
+        "not a URL that a gate understands: give redis://host:6379/0, rediss://..., "
+        "unix:///path/to/socket, redis+sentinel://host:26379,host:26379/mymaster, "
+        "redis+cluster://host:7000,host:7001 or memory://, with options of redis-py behind a ?"
+    )
 
 
 def _checked(url: str, make: Callable[[str], AnyClient]) -> AnyClient:
@@ -137,6 +272,9 @@ def _made(url: str, make: Callable[[str], AnyClient]) -> AnyClient | None:
         timeouts = [pool.connection_kwargs.get(option) or 1 for option in _TIMEOUTS]
         if not all(0 < seconds <= _LONGEST_TIMEOUT for seconds in timeouts):
             return None
+        for option in _TIMEOUTS:
+            if option not in parse_url(url):
+                pool.connection_kwargs[option] = _TIMEOUT
     except (
         AttributeError,
         LookupError,

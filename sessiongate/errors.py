@@ -4,6 +4,8 @@ redis-py's errors (connection lost, timeout, out of memory, read only) are not w
 the caller as they are.
 """
 
+from typing import Any
+
 
 class SessionGateError(Exception):
     """The root of every error of this library.
@@ -21,6 +23,7 @@ class SessionGateError(Exception):
         ├── PayloadTypeError             the payload is no counter
         │   └── PayloadOverflowError     also an OverflowError
         ├── TooManySessionsError         the subject has max_sessions
+        ├── UnderReplicatedError         written, but too few replicas have it
         ├── ArgumentError                also a ValueError
         ├── ConfigurationError           also a ValueError
         ├── GateClosedError
@@ -126,6 +129,36 @@ class TooManySessionsError(SessionGateError):
 
     def __str__(self) -> str:
         return "the subject has as many live sessions as max_sessions allows: end one of them first"
+
+
+class UnderReplicatedError(SessionGateError):
+    """The write was made and stands, but too few replicas had it in time: a failover may undo it.
+
+    Attributes:
+        replicas: how many had it for certain.
+        min_replicas: how many were asked for.
+    """
+
+    def __init__(self, replicas: int, min_replicas: int, result: object = None) -> None:
+        super().__init__(replicas, min_replicas)
+        self.replicas = replicas
+        self.min_replicas = min_replicas
+        # It may be a token: behind a call, it is shown by no log that shows attributes.
+        self._told = (lambda: result,)
+
+    def result(self) -> Any:
+        """What the call would have returned: of `start` and `renew` the token."""
+        return self._told[0]()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # What `result` tells does not travel: not into a queue nor another process.
+        return type(self), self.args
+
+    def __str__(self) -> str:
+        return (
+            f"written, but only {self.replicas} of {self.min_replicas} replicas had it in time: "
+            f"it stands unless a failover loses it"
+        )
 
 
 class ArgumentError(SessionGateError, ValueError):

@@ -1,35 +1,31 @@
 """SessionGate: runs commands on a redis-py client, one round trip each."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
-from time import sleep
+from time import monotonic, sleep
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Self, TypeVar
 
 from redis import Redis, RedisCluster
-from redis import exceptions as redis_errors
 from redis.client import Pipeline
-from redis.cluster import ClusterNode, ClusterPipeline
-from redis.connection import Connection, ConnectionPool
-from redis.exceptions import RedisError, ResponseError
+from redis.cluster import ClusterPipeline
 
 from .answers import SessionInfo
-from .arguments import Data
-from .command import PROBE, Answer, AnyCommand, Command
+from .arguments import Data, min_replicas_setting, timeout_setting
+from .call import Call
+from .command import Command
 from .commands import Commands
-from .connect import client_from_url, refuse_stale_cache
+from .connect import LaterCluster, client_from_url, refuse_stale_cache
 from .errors import ConfigurationError, GateClosedError
 from .keyspace import Keyspace, system_random
-from .routes import ASKING, READWRITE, REDIRECTIONS, Journey, Routes
+from .lines import Channel, ClusterLines, Lines
 from .subjects import Overflow
 from .tokens import SignKey, SignKeyRing
-from .wire import misplaced, new_echo, pack, unpack
 
 R = TypeVar("R")
 
 DEFAULT_PREFIX = "sg-session"
+DEFAULT_TIMEOUT = 5.0
 
 
 class SessionGate:
@@ -38,19 +34,24 @@ class SessionGate:
     A gate is made once and shared: by threads, and by the children of a fork.
 
     Args:
-        client: the redis-py client to use, `Redis` or `RedisCluster`; it stays the application's,
-            and `close` leaves it open.
-            Its decoding, protocol, database and timeouts are fine as they are.
+        client: the redis-py client to use, `Redis` or `RedisCluster`, or what
+            `Sentinel(...).master_for(...)` returns; it stays the application's, and `close` leaves
+            it open. Its decoding, protocol, database and timeouts are fine as they are, and its
+            retries are not used.
         sign_key: the secret that signs tokens, or a list of them: the first signs, all verify, so
             that a key can be retired without signing anybody out. At least 32 random bytes each.
         prefix: what every key of this gate in Redis begins with; 1 to 200 bytes, no braces.
         max_sessions: how many live sessions a subject may have; None for any number.
         on_overflow: when a subject has that many and opens another, `"evict"` ends its oldest,
             `"reject"` raises TooManySessionsError.
+        timeout: seconds after which a call is over, whatever it waits for and however often it is
+            sent again; None leaves it to the client's timeouts.
+        min_replicas: how many replicas have to have what a call writes before it returns, 0 to
+            1,000; the calls that matter most take one of their own.
         random: where ids come from, `random(n)` being n bytes; only a test should replace it.
 
     Raises:
-        ConfigurationError: the client, sign key, prefix or limit cannot be used.
+        ConfigurationError: the client, sign key, prefix or another setting cannot be used.
 
     Example:
         >>> from sessiongate import SessionGate
@@ -68,24 +69,33 @@ class SessionGate:
         prefix: str = DEFAULT_PREFIX,
         max_sessions: int | None = None,
         on_overflow: Overflow = "evict",
+        timeout: float | None = DEFAULT_TIMEOUT,
+        min_replicas: int = 0,
         random: Callable[[int], bytes] = system_random,
     ) -> None:
         self._closed = False
         self._prefix = prefix
-        if not isinstance(client, Redis | RedisCluster) or isinstance(
+        if not isinstance(client, Redis | RedisCluster | LaterCluster) or isinstance(
             client, Pipeline | ClusterPipeline
         ):
             raise ConfigurationError(
                 f"client is a redis.Redis or redis.RedisCluster, not "
                 f"{type(client).__module__}.{type(client).__name__}"
             )
-        refuse_stale_cache(client)
+        if not isinstance(client, LaterCluster):
+            refuse_stale_cache(client)
+        self._timeout = timeout_setting(timeout)
         self._commands = Commands(
-            SignKeyRing(sign_key), Keyspace(prefix, random), max_sessions, on_overflow
+            SignKeyRing(sign_key),
+            Keyspace(prefix, random),
+            max_sessions,
+            on_overflow,
+            min_replicas_setting(min_replicas),
         )
-        self._client = client
-        self._channel: _Channel = (
-            _Clustered(client) if isinstance(client, RedisCluster) else _Single(client)
+        self._channel: Channel = (
+            Lines(client.connection_pool, self._timeout)
+            if isinstance(client, Redis)
+            else ClusterLines(client, self._timeout)
         )
 
     @classmethod
@@ -97,18 +107,24 @@ class SessionGate:
         prefix: str = DEFAULT_PREFIX,
         max_sessions: int | None = None,
         on_overflow: Overflow = "evict",
+        timeout: float | None = DEFAULT_TIMEOUT,
+        min_replicas: int = 0,
         random: Callable[[int], bytes] = system_random,
     ) -> Self:
         """A gate with a client of its own, which `close` closes. Connects at the first call.
 
         Args:
             url: `redis://[[user]:password@]host[:6379][/database]`, `rediss://` (TLS),
-                `unix:///path/to/socket` or `memory://`, a store of this gate's own in the process
-                (extra `memory`). Options of redis-py follow a `?`, as in `?socket_timeout=2`.
+                `unix:///path/to/socket`, `redis+sentinel://host:26379,host:26379/mymaster[/0]`,
+                `redis+cluster://host:7000,host:7001`, or `memory://`, a store of this gate's own in
+                the process (extra `memory`). Options of redis-py follow a `?`, as in
+                `?socket_timeout=1`: how long one try of a call may take, 2 unless you say so.
             sign_key: as for the class.
             prefix: as for the class.
             max_sessions: as for the class.
             on_overflow: as for the class.
+            timeout: as for the class.
+            min_replicas: as for the class.
             random: as for the class.
 
         Raises:
@@ -120,11 +136,13 @@ class SessionGate:
             True
         """
         return cls(
-            client_from_url(url),
+            client_from_url(url),  # type: ignore[arg-type]  # what makes a cluster client later is ours alone
             sign_key=sign_key,
             prefix=prefix,
             max_sessions=max_sessions,
             on_overflow=on_overflow,
+            timeout=timeout,
+            min_replicas=min_replicas,
             random=random,
         )
 
@@ -135,6 +153,7 @@ class SessionGate:
         *,
         subject: str | None = None,
         idle_timeout: int | timedelta | None = None,
+        min_replicas: int | None = None,
     ) -> str:
         """Open a session, with its first payloads.
 
@@ -147,6 +166,7 @@ class SessionGate:
             idle_timeout: whole seconds (or a timedelta), at least 1: the session also ends when it
                 was not used for that long. Use is noted once per tenth of it, so that the last
                 tenth may be missing.
+            min_replicas: how many replicas have to have it; the gate's, if not given.
 
         Returns:
             The token to hand to the client: `v1.<id>.<signature>`, 84 characters.
@@ -154,6 +174,7 @@ class SessionGate:
         Raises:
             ArgumentError: an argument is out of its limits; nothing was sent.
             TooManySessionsError: the subject has `max_sessions`, and the gate rejects more.
+            UnderReplicatedError: it was written, but too few replicas had it in time.
 
         Example:
             >>> token = gate.start(300, {"user": "John Doe", "cart": b"[]"})
@@ -161,7 +182,7 @@ class SessionGate:
             84
             >>> token = gate.start(86_400, {"cart": b"[]"}, subject="alice", idle_timeout=1800)
         """
-        return self._run(self._commands.start(ttl, payloads, subject, idle_timeout))
+        return self._run(self._commands.start(ttl, payloads, subject, idle_timeout, min_replicas))
 
     def touch(self, token: str | bytes) -> None:
         """Use the session, so that its idle timeout begins anew, and do nothing else.
@@ -196,7 +217,12 @@ class SessionGate:
         return self._run(self._commands.info(token))
 
     def renew(
-        self, token: str | bytes, *, grace: int | timedelta = 10, subject: str | None = None
+        self,
+        token: str | bytes,
+        *,
+        grace: int | timedelta = 10,
+        subject: str | None = None,
+        min_replicas: int | None = None,
     ) -> str:
         """Replace the session's token by a new one, and say who signed in.
 
@@ -214,6 +240,7 @@ class SessionGate:
                 subject it has none.
             subject: who the session belongs to from now on, 1 to 200 bytes of UTF-8, whoever it
                 belonged to before.
+            min_replicas: how many replicas have to have it; the gate's, if not given.
 
         Returns:
             The new token: `v2.<id>.<generation>.<signature>`, signed with the newest sign key.
@@ -224,6 +251,7 @@ class SessionGate:
             BadSignatureError: the token was renewed already, by a process that signs with a key
                 that this gate does not have.
             TooManySessionsError: the subject has `max_sessions`, and the gate rejects more.
+            UnderReplicatedError: it was written, but too few replicas had it in time.
             ArgumentError: an argument is out of its limits; nothing was sent.
 
         Example:
@@ -235,24 +263,28 @@ class SessionGate:
             >>> gate.pget(signed_in, "cart")
             b'3 books'
         """
-        return self._run(self._commands.renew(token, grace, subject))
+        return self._run(self._commands.renew(token, grace, subject, min_replicas))
 
-    def expire(self, token: str | bytes, ttl: int | timedelta) -> None:
+    def expire(
+        self, token: str | bytes, ttl: int | timedelta, *, min_replicas: int | None = None
+    ) -> None:
         """Let the session, payloads included, end `ttl` seconds from now.
 
         Args:
             token: as `start` or `renew` returned it.
             ttl: whole seconds (or a timedelta), 0 to 100 years. 0 ends it at once.
+            min_replicas: how many replicas have to have it; the gate's, if not given.
 
         Raises:
             InvalidTokenError: the token is malformed or forged; nothing was sent.
             SessionNotFoundError: the session ended or expired.
+            UnderReplicatedError: it was written, but too few replicas had it in time.
             ArgumentError: the ttl is out of its limits; nothing was sent.
 
         Example:
             >>> gate.expire(token, 600)
         """
-        return self._run(self._commands.expire(token, ttl))
+        return self._run(self._commands.expire(token, ttl, min_replicas))
 
     def pset(  # noqa: PLR0913  # options are keyword-only
         self,
@@ -437,20 +469,24 @@ class SessionGate:
         """
         return self._run(self._commands.pincr(token, name, by))
 
-    def end(self, token: str | bytes) -> None:
+    def end(self, token: str | bytes, *, min_replicas: int | None = None) -> None:
         """End the session: it and all its payloads are gone.
+
+        If it was sent again after a lost reply, a session that is gone by then is no error.
 
         Args:
             token: as `start` or `renew` returned it.
+            min_replicas: how many replicas have to have it; the gate's, if not given.
 
         Raises:
             InvalidTokenError: the token is malformed or forged; nothing was sent.
             SessionNotFoundError: the session ended or expired before.
+            UnderReplicatedError: it was written, but too few replicas had it in time.
 
         Example:
             >>> gate.end(token)
         """
-        return self._run(self._commands.end(token))
+        return self._run(self._commands.end(token, min_replicas))
 
     def sessions(self, subject: str) -> list[SessionInfo]:
         """Tell of the live sessions of a subject, the oldest first. Telling is no use of them.
@@ -469,7 +505,13 @@ class SessionGate:
         """
         return self._run(self._commands.sessions(subject))
 
-    def end_all(self, subject: str, *, keep: str | bytes | None = None) -> int:
+    def end_all(
+        self,
+        subject: str,
+        *,
+        keep: str | bytes | None = None,
+        min_replicas: int | None = None,
+    ) -> int:
         """End all sessions of a subject, at one moment: sign out everywhere.
 
         Each session whose start had returned before is dead after this; one that was started
@@ -479,12 +521,14 @@ class SessionGate:
             subject: as given to `start` or `renew`.
             keep: the token of a session that is not to end. If that is none of the subject's, as
                 after a sign-in the token from before it, all end.
+            min_replicas: how many replicas have to have it; the gate's, if not given.
 
         Returns:
             How many ended.
 
         Raises:
             InvalidTokenError: the token to keep is malformed or forged; nothing was sent.
+            UnderReplicatedError: it was written, but too few replicas had it in time.
             ArgumentError: the subject is out of its limits; nothing was sent.
 
         Example:
@@ -492,7 +536,7 @@ class SessionGate:
             >>> gate.end_all("bob", keep=other)
             1
         """
-        return self._run(self._commands.end_all(subject, keep))
+        return self._run(self._commands.end_all(subject, keep, min_replicas))
 
     def end_one(self, subject: str, session_id: str) -> None:
         """End one session of a subject, by its id: sign out that device.
@@ -565,186 +609,8 @@ class SessionGate:
     def _run(self, command: Command[R]) -> R:
         if self._closed:
             raise GateClosedError
-        while True:
-            # An error here is the caller's: nothing was sent.
-            answer = self._channel.ask(command)
-            try:
-                result = command.result(answer)
-                if not isinstance(result, Command):
-                    return result
-                following = result
-            except Exception as error:
-                repetition = command.after(error)
-                if repetition is None:
-                    raise
-                following = repetition
-            finally:
-                del answer  # an error refers to this frame: the two would keep each other
-            command = following
-
-
-class _Channel(Protocol):
-    def ask(self, command: AnyCommand) -> Answer: ...
-
-    def close(self) -> None: ...
-
-
-class _Single:
-    """Sends each command on a connection of the gate's own, made as the client's pool makes its.
-
-    To take one from the pool and give it back costs a quarter of a call. As many are kept as were
-    in use at once.
-    """
-
-    __slots__ = ("_closed", "_idle", "_pid", "_pool")
-
-    def __init__(self, client: Redis) -> None:
-        # Of a client made with single_connection_client too: its one connection knows no forks.
-        self._pool = client.connection_pool
-        self._idle: list[Connection] = []
-        self._pid = os.getpid()
-        self._closed = False
-
-    def ask(self, command: AnyCommand) -> Answer:
-        sound = False
-        try:
-            connection = self._take()
-            try:
-                answer, sound = _ask(connection, command)
-            finally:
-                if sound and not self._closed:
-                    self._idle.append(connection)
-                else:
-                    connection.disconnect()
-        except RedisError as error:
-            return error
-        return answer
-
-    def _take(self) -> Connection:
-        if self._pid != os.getpid():
-            # They are the parent's: to drop them here closes them for this process alone.
-            self._idle, self._pid = [], os.getpid()
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = self._pool.connection_class(**self._pool.connection_kwargs)
-        else:
-            if not _has_unread(connection):
-                return connection
-            connection.disconnect()
-        try:
-            connection.connect()
-        except BaseException:
-            connection.disconnect()  # its handshake may have been interrupted
-            raise
-        return connection
-
-    def close(self) -> None:
-        """Close what is idle; what is in use is closed by who uses it."""
-        self._closed = True
-        while self._idle:
-            self._idle.pop().disconnect()
-
-
-class _Clustered:
-    """Sends each command on a connection of its server's pool; servers come and go with these."""
-
-    __slots__ = ("_client", "_prelude", "_routes")
-
-    def __init__(self, client: RedisCluster) -> None:
-        self._client = client
-        self._routes = Routes(client)
-        # Connections of a client that reads from replicas would read from a primary, too, that has
-        # become one.
-        reads_from_replicas = client.read_from_replicas or client.load_balancing_strategy
-        self._prelude = READWRITE if reads_from_replicas else ()
-
-    def ask(self, command: AnyCommand) -> Answer:
-        journey = Journey()
-        while True:
-            node = self._routes.node(command, journey)
-            answer = self._ask_at(node, command, asking=journey.asking)
-            self._routes.heard(node, answer)
-            if not journey.goes_on(answer, node.host):
-                return answer
-            sleep(journey.pause)
-
-    def _ask_at(self, node: ClusterNode, command: AnyCommand, *, asking: bool) -> Answer:
-        prelude = self._prelude + ASKING if asking else self._prelude
-        try:
-            pool = self._client.get_redis_connection(node).connection_pool
-            connection = _take(pool)
-            sound = False
-            try:
-                answer, sound = _ask(connection, command, prelude)
-            finally:
-                if not sound:
-                    connection.disconnect()
-                pool.release(connection)
-        except RedisError as error:
-            return error
-        return answer
-
-    def close(self) -> None:
-        """Nothing: a cluster client is always the application's."""
-
-
-def _take(pool: ConnectionPool) -> Connection:
-    try:
-        return pool.get_connection()
-    except RedisError:
-        raise
-    except BaseException:
-        # redis-py puts a connection back whose handshake was interrupted, half made for good.
-        # (Before version 7 its BlockingConnectionPool cannot close idle connections alone.)
-        with suppress(TypeError):
-            pool.disconnect(inuse_connections=False)
-        raise
-
-
-def _has_unread(connection: Connection) -> bool:
-    """Whether there is something to read that is no reply to what comes.
-
-    The server has closed the connection, or somebody left it dirty.
-    """
-    try:
-        return connection.can_read()
-    except RedisError:
-        return True
-
-
-def _ask(
-    connection: Connection, command: AnyCommand, prelude: tuple[bytes, ...] = ()
-) -> tuple[Answer, bool]:
-    """The answer to a command, and whether the connection may be used again."""
-    answer, proven = _round_trip(connection, command, prelude)
-    if not proven and isinstance(answer, ResponseError):
-        # The server's own errors have no echo: is the next reply the next request's?
-        probed, proven = _round_trip(connection, PROBE)
-        # A redirection says that the command did not run: not so one that is not proven.
-        if isinstance(probed, redis_errors.ConnectionError) or (
-            not proven and isinstance(answer, REDIRECTIONS)
-        ):
-            answer = misplaced()
-    # A primary that became a replica: only a new connection finds its successor.
-    return answer, proven and not isinstance(answer, redis_errors.ReadOnlyError)
-
-
-def _round_trip(
-    connection: Connection, command: AnyCommand, prelude: tuple[bytes, ...] = ()
-) -> tuple[Answer, bool]:
-    echo = new_echo()
-    if prelude:
-        connection.send_packed_command([*prelude, *pack(command, echo)])
-        for _ in prelude:
-            # Whatever it says: the command's own reply shows whether it served.
-            with suppress(ResponseError):
-                connection.read_response(disable_decoding=True)
-    else:
-        connection.send_packed_command(pack(command, echo))
-    try:
-        reply: object = connection.read_response(disable_decoding=True)
-    except ResponseError as error:
-        # Under no other name: it refers to this frame, and the two would keep each other.
-        return unpack(error, echo)
-    return unpack(reply, echo)
+        call = Call(command, monotonic() + self._timeout, monotonic)
+        while call.goes_on(self._channel.ask(call.command, call.due)):
+            if call.pause:
+                sleep(call.pause)
+        return call.result

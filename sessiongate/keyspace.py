@@ -18,8 +18,9 @@ _FAIR = 256 - 256 % len(ID_ALPHABET)
 _LETTERS = bytes(ID_ALPHABET[byte % len(ID_ALPHABET)] for byte in range(256))
 _UNFAIR = bytes(range(_FAIR, 256))
 
-# What stands between the prefix and a subject.
+# What stands between the prefix and a subject, and the prefix and an id in the key of its tries.
 _INDEX = ":subject"
+_TRIES = ":tries"
 
 # The letters of an id that carry it into a slot; the others are free.
 _ENDING = 3
@@ -35,16 +36,17 @@ def system_random(size: int) -> bytes:
 class Keyspace:
     """Draws session ids and names what is kept for them.
 
-    A session's hash is `<prefix>:{<id>}`, a subject's index `<prefix>:subject:{<subject>}`. The ids
-    of a subject's sessions are drawn so that they share the slot of its index: one script may then
-    use them all, on a cluster too.
+    A session's hash is `<prefix>:{<id>}`, how often its start was tried `<prefix>:tries:{<id>}`, a
+    subject's index `<prefix>:subject:{<subject>}`. The ids of a subject's sessions are drawn so
+    that they share the slot of its index: one script may then use them all, on a cluster too.
     """
 
-    __slots__ = ("_head", "_index_head", "_random")
+    __slots__ = ("_head", "_index_head", "_random", "_tries_head")
 
     def __init__(self, prefix: str, random: Callable[[int], bytes]) -> None:
         self._head = _prefix_bytes(prefix) + b":{"
         self._index_head = _prefix_bytes(prefix) + _INDEX.encode() + b":{"
+        self._tries_head = _prefix_bytes(prefix) + _TRIES.encode() + b":{"
         self._random = random
 
     def new_id(self) -> str:
@@ -63,6 +65,10 @@ class Keyspace:
     def session_key(self, session_id: str) -> bytes:
         """The Redis key of a session's hash; the braces make its id the hash tag."""
         return b"%b%b}" % (self._head, session_id.encode())
+
+    def tries_key(self, session_id: str) -> bytes:
+        """The Redis key that holds how often a session's start was tried, if more than once."""
+        return b"%b%b}" % (self._tries_head, session_id.encode())
 
     def index_key(self, subject: bytes) -> bytes:
         """The Redis key of a subject's index; the braces make the subject the hash tag."""
@@ -129,8 +135,10 @@ def _prefix_bytes(prefix: object) -> bytes:
     # A brace would move the hash tag from the session id to the prefix: one slot for everything.
     if "{" in prefix or "}" in prefix:
         raise ConfigurationError("prefix holds no braces: they are the hash tag's")
-    if prefix.endswith(_INDEX):
-        raise ConfigurationError(f"prefix does not end in {_INDEX!r}: indexes are kept there")
+    if prefix.endswith((_INDEX, _TRIES)):
+        raise ConfigurationError(
+            f"prefix does not end in {_INDEX!r} or {_TRIES!r}: kept for others"
+        )
     raw = utf8(prefix)
     if raw is None:
         raise ConfigurationError("prefix is valid text: this one holds a lone surrogate")

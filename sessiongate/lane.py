@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
-from .command import PROBE, Answer, AnyCommand
+from .call import lost, refuses
+from .command import PROBE, Answer, AnyCommand, NotRun, Written, mark_of
 from .errors import EventLoopError, GateClosedError
 from .routes import ASKING, REDIRECTIONS
-from .wire import misplaced, new_echo, new_echoes, pack, unpack
+from .timed import FOREVER
+from .wire import UNREADABLE, misplaced, new_echo, new_echoes, pack, unpack, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -32,10 +36,11 @@ class Waiting(NamedTuple):
 
     command: AnyCommand
     answer: asyncio.Future[Answer]
+    due: float  # by the event loop's clock
     asking: bool = False  # sent there by a server of a cluster whose slot is about to move
 
     def settle(self, answer: Answer) -> None:
-        """Give the caller the answer, or an error of sending it."""
+        """Give the caller what came of it."""
         if not self.answer.done():  # it was cancelled: nobody wants it any more
             self.answer.set_result(answer)
 
@@ -48,23 +53,28 @@ class Waiting(NamedTuple):
 class Batch:
     """Requests that leave together, and how far their replies were read.
 
-    `sound` is whether the connection has kept its place, once the exchange is over.
+    `sound` is whether the connection has kept its place, once the exchange is over. On one that is
+    `fresh` nothing was asked before: what the server says there is meant for this batch.
     """
 
     __slots__ = (
         "_answered",
         "_asked",
         "_echoes",
+        "_fresh",
         "_members",
         "_misread",
         "_moved",
         "_unsure",
+        "_waited_for",
         "_written",
         "sound",
     )
 
-    def __init__(self, members: list[Waiting]) -> None:
+    def __init__(self, members: list[Waiting], *, fresh: bool) -> None:
         self.sound = False
+        self._fresh = fresh
+        self._waited_for: list[tuple[Waiting, bytes]] = []  # replicas have to have what they wrote
         self._members = members
         self._echoes = new_echoes(len(members))
         self._unsure: list[tuple[Waiting, Answer]] = []
@@ -89,7 +99,7 @@ class Batch:
         while self._answered < len(self._members):
             member = self._members[self._answered]
             reply = await _read(connection)
-            watch.progressed()
+            watch.progressed(member.due)
             if member.asking and not self._asked:
                 # Whatever it says: the command's own reply shows whether it served.
                 self._asked = True
@@ -103,15 +113,49 @@ class Batch:
                 if len(self._unsure) == 1:
                     await self._send_probe(connection)
                 continue
-            self._misread = self._misread or isinstance(answer, redis_errors.ConnectionError)
-            self._moved = self._moved or isinstance(answer, redis_errors.ReadOnlyError)
+            if type(answer) is bytes and member.command.replicas:
+                self._waited_for.append((member, answer))
+                continue
+            if isinstance(answer, Exception):
+                self._misread = self._misread or _is_misplaced(answer)
+                self._moved = self._moved or isinstance(answer, redis_errors.ReadOnlyError)
+                answer = _judged(answer, proven=proven or self._fresh)
             member.settle(answer)
-        self.sound = proven and not (self._misread or self._moved)
-        foreign = self._misread or isinstance(answer, redis_errors.ConnectionError)
+        foreign = self._misread or _is_misplaced(answer)
+        self.sound = proven and not (foreign or self._moved)
         for member, refusal in self._unsure:
             # A redirection says that the command did not run: not so one that is not proven.
             unproven = not proven and isinstance(refusal, REDIRECTIONS)
-            member.settle(misplaced() if foreign or unproven else refusal)
+            believed = misplaced() if foreign or unproven else refusal
+            member.settle(_judged(believed, proven=proven or self._fresh))
+        if self._waited_for:
+            await self._await_replicas(connection)
+
+    async def _await_replicas(self, connection: AbstractConnection) -> None:
+        """Wait on the connection that wrote: on another one WAIT does not know what to wait for."""
+        sound, self.sound = self.sound, False
+        members = [member for member, _ in self._waited_for]
+        for command in (mark_of(member.command) for member in members if member.command.unmarked):
+            echo = new_echo()
+            await connection.send_packed_command(pack(command, echo))
+            marked, _ = unpack(await _read(connection), echo)
+            if isinstance(marked, Exception):
+                self._settle_waiting(0, marked)
+                return
+        left = min(member.due for member in members) - asyncio.get_running_loop().time()
+        most = max(member.command.replicas for member in members)
+        await connection.send_packed_command(wait_for(most, left))
+        count = await _read(connection)
+        if isinstance(count, int):
+            self._settle_waiting(count, None)
+            self.sound = sound
+        else:
+            error = count if isinstance(count, Exception) else misplaced()
+            self._settle_waiting(0, error)
+
+    def _settle_waiting(self, count: int, error: Exception | None) -> None:
+        for member, reply in self._waited_for:
+            member.settle(Written(reply, count, error))
 
     async def _write(self, connection: AbstractConnection) -> None:
         pieces: list[bytes] = []
@@ -131,11 +175,16 @@ class Batch:
         self._written = True
 
     async def _send_probe(self, connection: AbstractConnection) -> None:
-        probe = Waiting(PROBE, asyncio.get_running_loop().create_future())
+        probe = Waiting(PROBE, asyncio.get_running_loop().create_future(), FOREVER)
         echo = new_echo()
         self._members.append(probe)
         self._echoes.append(echo)
         await connection.send_packed_command(pack(PROBE, echo))
+
+    @property
+    def due(self) -> float:
+        """When the first of the callers wants to have its answer."""
+        return min(member.due for member in self._members)
 
     @property
     def owes(self) -> bool:
@@ -144,6 +193,7 @@ class Batch:
 
     def fail(self, error: Exception) -> None:
         """Give the error to all who have no answer: what became of their commands is unknown."""
+        self._settle_waiting(0, error)
         for member in self._members:
             member.settle(_copied(error))
 
@@ -157,13 +207,40 @@ class Batch:
         await asyncio.wait([member.answer for member in self._members])
 
 
+def _is_misplaced(answer: Answer) -> bool:
+    """Whether it says that the connection has lost its place."""
+    return isinstance(answer, Exception) and lost(answer)
+
+
+def _judged(answer: Answer, *, proven: bool) -> Answer:
+    """An answer, or that the command did not run if the server would not run it now."""
+    if proven and isinstance(answer, Exception) and refuses(answer):
+        return NotRun(answer)
+    return answer
+
+
 async def _read(connection: AbstractConnection) -> object:
     try:
         return await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+    except UNREADABLE:
+        return None  # which is no reply of ours
     except RedisError as error:
-        if type(error) in (redis_errors.ConnectionError, redis_errors.TimeoutError):
+        # A connection that Sentinel manages makes this of it.
+        if isinstance(error.__context__, redis_errors.ReadOnlyError):
+            return error.__context__
+        if lost(error):
             raise  # the connection's; all others are the server's, and an answer
         return error
+
+
+def _unconnected(error: Exception) -> NotRun:
+    """What came of a command for which there is no connection."""
+    if isinstance(error, RedisError):
+        return NotRun(_copied(error))
+    if isinstance(error, OSError):
+        # What redis-py lets through: of TLS, of a name that cannot be looked up.
+        return NotRun(redis_errors.ConnectionError(f"{type(error).__name__} while connecting"))
+    return NotRun(error)
 
 
 def _copied(error: Exception) -> Exception:
@@ -193,7 +270,7 @@ class OneLoop:
 
 
 class Watch:
-    """Ends an exchange that makes no progress, with one timer for any number of exchanges.
+    """Ends an exchange that makes no progress or is due, with one timer for any number of them.
 
     To set a timer and take it back costs more than to read a reply. This one stays; where it goes
     off too early it is set anew.
@@ -207,19 +284,22 @@ class Watch:
         self._deadline: asyncio.Timeout | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self) -> asyncio.Timeout:
+    def start(self, due: float) -> asyncio.Timeout:
         """The context of an exchange, which ends with a TimeoutError if it must."""
         self._deadline = asyncio.timeout(None)
         self._loop = asyncio.get_running_loop()
-        self.progressed()
-        if self._timer is None and self._seconds is not None:
+        self.progressed(due)
+        if self._due < FOREVER and (self._timer is None or self._timer.when() > self._due):
+            if self._timer is not None:
+                self._timer.cancel()
             self._timer = self._loop.call_at(self._due, self._look)
         return self._deadline
 
-    def progressed(self) -> None:
-        """Begin to count anew."""
+    def progressed(self, due: float) -> None:
+        """Begin to count anew, for what has to be over by then."""
+        self._due = due
         if self._seconds is not None:
-            self._due = self._loop.time() + self._seconds
+            self._due = min(due, self._loop.time() + self._seconds)
 
     def stop(self) -> None:
         """The exchange has ended."""
@@ -239,16 +319,22 @@ class Watch:
 class Lane:
     """Sends the commands of one event loop to one server.
 
+    What waits for replicas has a lane of its own: it would hold up all others.
+
     Args:
         pool: how connections are made; the lane makes one of its own and takes none of the pool's.
         max_waiting: how many commands may be under way; more callers wait for room.
     """
 
     def __init__(self, pool: ConnectionPool, max_waiting: int) -> None:
+        self._make_slow_lane: Callable[[], Lane] = lambda: Lane(pool, max_waiting)
+        self._slow_lane: Lane | None = None
         self._room = asyncio.Semaphore(max_waiting)
         self._waiting: OrderedDict[asyncio.Future[Answer], Waiting] = OrderedDict()
         self._loop = OneLoop()
         self._connection: AbstractConnection = pool.make_connection()
+        # What is sent again is decided elsewhere, and so is for how long to connect.
+        self._connection.retry = Retry(NoBackoff(), 0)
         # Until redis-py 8 the check had another name.
         self._has_unread: Callable[[], Awaitable[bool]] = getattr(
             self._connection, "can_read", self._connection.can_read_destructive
@@ -262,16 +348,26 @@ class Lane:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def ask(self, command: AnyCommand, *, asking: bool = False) -> Answer:
-        """The answer to a command, once it was its turn."""
+    async def ask(self, command: AnyCommand, due: float, *, asking: bool = False) -> Answer:
+        """What comes of a command, once it was its turn.
+
+        It is over in time if calls that came before are due before.
+        """
+        if command.replicas:
+            if self._slow_lane is None:
+                self._slow_lane = self._make_slow_lane()
+            return await self._slow_lane._ask(command, due, asking=asking)  # noqa: SLF001  # a lane
+        return await self._ask(command, due, asking=asking)
+
+    async def _ask(self, command: AnyCommand, due: float, *, asking: bool) -> Answer:
         loop = self._loop.check()
         if self._alone and not self._busy and self._unfinished is None and not self._closed:
-            return await self._ask_alone(command, asking=asking)
+            return await self._ask_alone(command, due, asking=asking)
         async with self._room:
             if self._closed:
                 raise GateClosedError
             answer: asyncio.Future[Answer] = loop.create_future()
-            self._waiting[answer] = Waiting(command, answer, asking)
+            self._waiting[answer] = Waiting(command, answer, due, asking)
             if not self._busy:
                 # A task begins when the other tasks of this turn of the loop have had theirs.
                 self._go_on()
@@ -280,15 +376,15 @@ class Lane:
             finally:
                 self._waiting.pop(answer, None)
 
-    async def _ask_alone(self, command: AnyCommand, *, asking: bool) -> Answer:
+    async def _ask_alone(self, command: AnyCommand, due: float, *, asking: bool) -> Answer:
         """Ask in the caller's own task, which is faster if nobody else is waiting."""
         self._busy = True
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
             if await self._is_usable():
-                await self._run(Batch([Waiting(command, answer, asking)]))
+                await self._run(Batch([Waiting(command, answer, due, asking)], fresh=False), due)
             else:
-                self._waiting[answer] = Waiting(command, answer, asking)
+                self._waiting[answer] = Waiting(command, answer, due, asking)
         finally:
             # If the caller was cancelled, others may be left; or all were, with their event loop.
             if self._waiting and not all(other.done() for other in self._waiting):
@@ -304,6 +400,8 @@ class Lane:
         """Fail what waits, let finish what was sent, and close the connection."""
         self._loop.check()
         self._closed = True
+        if self._slow_lane is not None:
+            await self._slow_lane.close()
         while self._waiting:
             self._next().refuse(GateClosedError())
         if self._batch is not None:
@@ -334,21 +432,24 @@ class Lane:
     async def _send_all(self) -> None:
         """Send what is waiting, batch by batch, until nothing is."""
         if self._unfinished is not None:
-            await self._run(self._unfinished)
+            await self._run(self._unfinished, self._unfinished.due)
         while self._waiting:
-            try:
-                if not await self._is_usable():
+            fresh = not await self._is_usable()
+            if fresh:
+                try:
                     await self._connect()
-            except Exception as error:  # noqa: BLE001  # whatever it is, nobody may hang
-                # Nobody can be served now: to tell all beats one timeout after the other.
-                while self._waiting:
-                    self._next().refuse(_copied(error))
-            else:
-                await self._run(self._next_batch())
+                except Exception as error:  # noqa: BLE001  # whatever it is, nobody may hang
+                    # Nobody can be served now: to tell all beats one timeout after the other.
+                    while self._waiting:
+                        self._next().settle(_unconnected(error))
+                    continue
+            batch = self._next_batch(fresh=fresh)
+            if len(batch):
+                await self._run(batch, batch.due)
         self._busy = False
         self._task = None
 
-    def _next_batch(self) -> Batch:
+    def _next_batch(self, *, fresh: bool) -> Batch:
         members: list[Waiting] = []
         size = 0
         while self._waiting and len(members) < _BATCH_COMMANDS:
@@ -358,16 +459,14 @@ class Lane:
             waiting = self._next()
             if not waiting.answer.done():  # cancelled before it was sent
                 members.append(waiting)
-        return Batch(members)
+        return Batch(members, fresh=fresh)
 
-    async def _run(self, batch: Batch) -> None:
-        if not len(batch):
-            return
+    async def _run(self, batch: Batch, due: float) -> None:
         self._batch = batch
         self._unfinished = None
         self._alone = len(batch) == 1
         try:
-            async with self._watch.start():
+            async with self._watch.start(due):
                 await batch.exchange(self._connection, self._watch)
         except TimeoutError:
             batch.fail(redis_errors.TimeoutError("Timeout waiting for the replies of Redis"))
@@ -395,8 +494,13 @@ class Lane:
 
     async def _connect(self) -> None:
         self._connection.socket_timeout = self._timeout
+        due = min(waiting.due for waiting in self._waiting.values())
         try:
-            await self._connection.connect()
+            async with asyncio.timeout_at(None if due == FOREVER else due):
+                await self._connection.connect()
+        except TimeoutError:
+            await self._connection.disconnect(nowait=True)
+            raise redis_errors.TimeoutError("Timeout connecting to server") from None
         except BaseException:
             # redis-py leaves a handshake that failed otherwise than by an error of its own as it
             # is: connected, perhaps to the wrong database.

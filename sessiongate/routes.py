@@ -7,8 +7,10 @@ read. Commands for the other servers do not wait for that.
 
 import asyncio
 import os
-from contextlib import suppress
-from threading import Lock
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from copy import copy
+from threading import TIMEOUT_MAX, Lock
 from time import monotonic
 
 from redis import RedisCluster
@@ -16,8 +18,10 @@ from redis import exceptions as redis_errors
 from redis.asyncio.cluster import ClusterNode as AsyncClusterNode
 from redis.asyncio.cluster import RedisCluster as AsyncRedisCluster
 from redis.cluster import ClusterNode
+from redis.connection import ConnectionPool
 
-from .command import Answer, AnyCommand
+from .command import Answer, AnyCommand, NotRun
+from .timed import FOREVER, within
 
 # What says that a command did not run here, and shall be sent again, elsewhere or later. MovedError
 # is an AskError. They have no echo: they count once they are proven.
@@ -25,7 +29,6 @@ REDIRECTIONS = (redis_errors.AskError, redis_errors.TryAgainError)
 
 # Sent before a command, in one packet with it.
 ASKING = (b"*1\r\n$6\r\nASKING\r\n",)
-READWRITE = (b"*1\r\n$9\r\nREADWRITE\r\n",)
 
 _MAX_REDIRECTIONS = 16  # as redis-py
 # While a slot moves, servers may send a command to and fro: wait from the fourth time on.
@@ -68,9 +71,13 @@ class Journey:
         self.asking = False
         self.pause = 0.0
 
-    def goes_on(self, answer: Answer, host: str) -> bool:
+    def goes_on(self, command: AnyCommand, answer: Answer, host: str) -> bool:
         """Whether to send the command again, after what the server at that host answered."""
+        if isinstance(answer, NotRun):
+            answer = answer.error
         if not isinstance(answer, REDIRECTIONS) or not self._left:
+            return False
+        if command.anywhere and isinstance(answer, redis_errors.TryAgainError):
             return False
         self._left -= 1
         self.address = None
@@ -97,6 +104,8 @@ class _Doubts:
 
     def heard(self, name: str, answer: Answer) -> None:
         """Take note of what the server of that name answered."""
+        if isinstance(answer, NotRun):
+            answer = answer.error
         if isinstance(answer, _FAULTS) and not isinstance(answer, _NO_FAULTS):
             self._names.add(name)
             self._since.add(name)
@@ -117,51 +126,81 @@ class _Doubts:
 
 
 class Routes:
-    """The routes of a synchronous cluster client, for any number of threads."""
+    """The routes of a synchronous cluster client, for any number of threads.
 
-    def __init__(self, client: RedisCluster) -> None:
-        self._client = client
+    Args:
+        client: the client, or how to make it: one that is made reads the topology at once.
+
+    `turn` counts how often the topology was read: what is known may have changed with it.
+    """
+
+    def __init__(self, client: RedisCluster | Callable[[], RedisCluster]) -> None:
+        self._client: RedisCluster | None = None
+        self._make: Callable[[], RedisCluster] | None = None
+        if isinstance(client, RedisCluster):
+            self._client = client
+        else:
+            self._make = client
         self._doubts = _Doubts()
         self._lock = Lock()
         self._pid = os.getpid()
+        self.turn = 0
 
-    def node(self, command: AnyCommand, journey: Journey) -> ClusterNode:
-        """The server to send a command to."""
+    def node(self, command: AnyCommand, journey: Journey, due: float) -> ClusterNode:
+        """The server to send a command to.
+
+        Raises:
+            redis.exceptions.ConnectionError: none is known, and none of those that were is there.
+            redis.exceptions.TimeoutError: to find out takes too long.
+        """
+        client = self._client or self._made(due)
         if journey.address:
-            return self._named(*journey.address)
-        node = self._known(command)
+            return _named(client, *journey.address)
+        node = _known(client, command)
         name = node.name if node else None
         if self._doubts.due(name):
-            self._read(name)
-            node = self._known(command)
+            self._read(client, name, due)
+            node = _known(client, command)
         if node is None:
             raise _not_covered()
         return node
 
-    def heard(self, node: ClusterNode, answer: Answer) -> None:
-        """Take note of what a server answered."""
-        self._doubts.heard(node.name, answer)
+    def heard(self, name: str, answer: Answer) -> None:
+        """Take note of what the server of that name answered."""
+        self._doubts.heard(name, answer)
 
-    def _known(self, command: AnyCommand) -> ClusterNode | None:
-        try:
-            node: ClusterNode = self._client.get_node_from_key(command.keys[0])
-        except redis_errors.SlotNotCoveredError:
-            return None
-        return node
+    def pool(self, node: ClusterNode) -> ConnectionPool:
+        """What the client makes its connections to a server with."""
+        if node.redis_connection is None and self._client:
+            self._client.get_redis_connection(node)  # makes one
+        pool: ConnectionPool = node.redis_connection.connection_pool
+        return pool
 
-    def _named(self, host: str, port: int) -> ClusterNode:
-        manager = self._client.nodes_manager
-        host, port = manager.remap_host_port(host, port)
-        # One that is new to the client gets to know it, as in redis-py's own redirections: the next
-        # reading takes over its connections.
-        node = self._client.get_node(host, port) or ClusterNode(host, port, "primary")
-        return manager.nodes_cache.setdefault(node.name, node)
+    def names(self) -> set[str]:
+        """The names of all servers that are known."""
+        return set(self._client.nodes_manager.nodes_cache) if self._client else set()
 
-    def _read(self, name: str | None) -> None:
-        if self._pid != os.getpid():
-            # Another thread may have held it when this process was forked.
-            self._lock, self._pid = Lock(), os.getpid()
-        with self._lock:
+    def close(self) -> None:
+        """Close the client, if it was made here."""
+        if self._make and self._client:
+            self._client.close()
+
+    def _made(self, due: float) -> RedisCluster:
+        made: list[RedisCluster] = []
+        with self._alone(due):
+            make = self._make
+            if self._client is None and make is not None:
+                try:
+                    within(due, lambda: made.append(make()), lambda: made.pop().close())
+                except redis_errors.RedisClusterException as error:
+                    raise _unreachable(error) from error
+                (self._client,) = made
+            if self._client is None:
+                raise _not_covered()
+            return self._client
+
+    def _read(self, client: RedisCluster, name: str | None, due: float) -> None:
+        with self._alone(due):
             if not self._doubts.due(name):
                 return  # another thread has read it meanwhile
             self._doubts.begin()
@@ -169,10 +208,45 @@ class Routes:
             try:
                 # What is known may still serve if this fails; if not, its own error says more.
                 with suppress(*_UNREADABLE):
-                    self._client.nodes_manager.initialize()
+                    within(due, client.nodes_manager.initialize, _nothing)
                     read = True
             finally:
                 self._doubts.end(read=read)
+                self.turn += read
+
+    @contextmanager
+    def _alone(self, due: float) -> Iterator[None]:
+        if self._pid != os.getpid():
+            # Another thread may have held it when this process was forked.
+            self._lock, self._pid = Lock(), os.getpid()
+        lock = self._lock
+        if not lock.acquire(timeout=min(max(due - monotonic(), 0), TIMEOUT_MAX)):
+            raise redis_errors.TimeoutError("Timeout reading the topology of the cluster")
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _known(client: RedisCluster, command: AnyCommand) -> ClusterNode | None:
+    try:
+        node: ClusterNode = client.get_node_from_key(command.keys[0])
+    except redis_errors.SlotNotCoveredError:
+        return None
+    return node
+
+
+def _named(client: RedisCluster, host: str, port: int) -> ClusterNode:
+    manager = client.nodes_manager
+    host, port = manager.remap_host_port(host, port)
+    # One that is new to the client gets to know it, as in redis-py's own redirections: the next
+    # reading takes over its connections.
+    node = client.get_node(host, port) or ClusterNode(host, port, "primary")
+    return manager.nodes_cache.setdefault(node.name, node)
+
+
+def _nothing() -> None:
+    """What is read late is right all the same."""
 
 
 class AsyncRoutes:
@@ -185,30 +259,31 @@ class AsyncRoutes:
         self._client = client
         self._doubts = _Doubts()
         self._ready = False
-        self._reading: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[redis_errors.ConnectionError | None] | None = None
         self.turn = 0
 
-    async def node(self, command: AnyCommand, journey: Journey) -> AsyncClusterNode:
-        """The server to send a command to."""
+    async def node(self, command: AnyCommand, journey: Journey, due: float) -> AsyncClusterNode:
+        """The server to send a command to.
+
+        Raises:
+            redis.exceptions.ConnectionError: none is known, and none of those that were is there.
+            redis.exceptions.TimeoutError: to find out takes too long.
+        """
         if not self._ready:
-            await self._client.initialize()
-            self._ready = True
+            await self._wait_for_reading(due)
         if journey.address:
             return self._named(*journey.address)
         node = self._known(command)
         if self._doubts.due(node.name if node else None):
-            if self._reading is None:
-                self._reading = asyncio.create_task(self._read(), name="sessiongate-topology")
-            # A caller that is cancelled does not interrupt it: others wait as well.
-            await asyncio.shield(self._reading)
+            await self._wait_for_reading(due)
             node = self._known(command)
         if node is None:
             raise _not_covered()
         return node
 
-    def heard(self, node: AsyncClusterNode, answer: Answer) -> None:
-        """Take note of what a server answered."""
-        self._doubts.heard(node.name, answer)
+    def heard(self, name: str, answer: Answer) -> None:
+        """Take note of what the server of that name answered."""
+        self._doubts.heard(name, answer)
 
     def names(self) -> set[str]:
         """The names of all servers that are known."""
@@ -233,19 +308,46 @@ class AsyncRoutes:
             host, port, "primary", **self._client.nodes_manager.connection_kwargs
         )
 
-    async def _read(self) -> None:
+    async def _wait_for_reading(self, due: float) -> None:
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read(), name="sessiongate-topology")
+        reading = self._reading
+        # A caller that is cancelled or late does not interrupt it: others wait as well.
+        timeout = max(due - asyncio.get_running_loop().time(), 0)
+        done, _ = await asyncio.wait([reading], timeout=None if due == FOREVER else timeout)
+        if not done:
+            raise redis_errors.TimeoutError("Timeout reading the topology of the cluster")
+        if not self._ready:
+            error = None if reading.cancelled() else reading.result()
+            raise copy(error) if error else _not_covered()
+
+    async def _read(self) -> redis_errors.ConnectionError | None:
         self._doubts.begin()
         read = False
         try:
-            # As above.
-            with suppress(*_UNREADABLE):
-                await self._client.nodes_manager.initialize()
-                read = True
-                self.turn += 1
+            if self._ready:
+                # As above.
+                with suppress(*_UNREADABLE):
+                    await self._client.nodes_manager.initialize()
+                    read = True
+                    self.turn += 1
+                return None
+            try:
+                await self._client.initialize()
+            except redis_errors.RedisClusterException as error:
+                return _unreachable(error)
+            self._ready = read = True
+            return None
         finally:
             self._doubts.end(read=read)
             self._reading = None
 
 
-def _not_covered() -> redis_errors.SlotNotCoveredError:
-    return redis_errors.SlotNotCoveredError("no server of the cluster serves the command's slot")
+def _unreachable(error: Exception) -> redis_errors.ConnectionError:
+    # redis-py's is no RedisError, and tells nothing more of whether to try again.
+    return redis_errors.ConnectionError(f"{error}")
+
+
+def _not_covered() -> redis_errors.ClusterDownError:
+    # As a server says that knows of none.
+    return redis_errors.ClusterDownError("CLUSTERDOWN Hash slot not served")

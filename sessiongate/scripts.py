@@ -25,11 +25,11 @@ class Script:
         object.__setattr__(self, "call_by_sha", b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % sha.encode())
         call_by_source = b"$4\r\nEVAL\r\n$%d\r\n%b\r\n" % (len(self.source), self.source)
         object.__setattr__(self, "call_by_source", call_by_source)
-        # A whole request by SHA-1, but for its one Redis key, echo and 1 to 3 arguments.
+        # A whole request by SHA-1, but for its one Redis key, 1 to 3 arguments and the echo.
         templates = [
             b"*%d\r\n%b$1\r\n1\r\n" % (5 + count, self.call_by_sha)
-            + b"$%d\r\n%b\r\n$12\r\n%b\r\n"
-            + b"$%d\r\n%b\r\n" * count
+            + b"$%d\r\n%b\r\n" * (1 + count)
+            + b"$12\r\n%b\r\n"
             for count in range(1, 4)
         ]
         object.__setattr__(self, "templates", tuple(templates))
@@ -61,4 +61,5 @@ INDEX = _load("index")
 SESSIONS = _load("sessions")
 END_ALL = _load("end_all")
 END_ONE = _load("end_one")
+MARK = _load("mark")
 ECHO = _load("echo")

@@ -13,7 +13,7 @@ from redis.exceptions import ClusterCrossSlotError
 from . import answers, scripts
 from .answers import SessionInfo
 from .arguments import subject_arg
-from .command import Command, R, lost, nothing, once_more
+from .command import Command, R, again, nothing, or_gone
 from .errors import (
     ArgumentError,
     ConfigurationError,
@@ -68,6 +68,7 @@ class _Joining(NamedTuple):
     source: Source | None
     generation: int
     limit: bytes
+    replicas: int
     follow: "Callable[[Opening, _Drawn], Command[str]] | None" = None
 
 
@@ -121,19 +122,22 @@ class Subjects:
         self._limit = b"%d" % (max_sessions or 0)
         self._evicts = b"1" if on_overflow == "evict" else b"0"
 
-    def start(self, subject: str, opening: Opening) -> Command[str]:
+    def start(self, subject: str, opening: Opening, replicas: int) -> Command[str]:
         """Open a session of the subject."""
         raw = subject_arg(subject)
-        return self._join(_Joining(raw, self.index_key(raw), opening, None, 0, self._limit))
+        index_key = self.index_key(raw)
+        return self._join(_Joining(raw, index_key, opening, None, 0, self._limit, replicas))
 
-    def adopt(self, source: Source, subject: str) -> Command[str]:
+    def adopt(self, source: Source, subject: str, replicas: int) -> Command[str]:
         """Give the session to the subject, under a new id and with a new token."""
         raw = subject_arg(subject)
-        return self._adopt(source, raw, source.generation + 1)
+        return self._adopt(source, raw, source.generation + 1, replicas)
 
-    def _adopt(self, source: Source, subject: bytes, generation: int) -> Command[str]:
+    def _adopt(
+        self, source: Source, subject: bytes, generation: int, replicas: int
+    ) -> Command[str]:
         index_key = self.index_key(subject)
-        joining = _Joining(subject, index_key, _AS_IT_IS, source, generation, self._limit)
+        joining = _Joining(subject, index_key, _AS_IT_IS, source, generation, self._limit, replicas)
         return self._join(joining)
 
     def sessions(self, subject: str) -> Command[list[SessionInfo]]:
@@ -148,11 +152,11 @@ class Subjects:
                 infos.update(told_of)
                 return go_on(moved)
 
-            return Command(scripts.SESSIONS, work.keys, work.args, told, "", "", once_more)
+            return Command(scripts.SESSIONS, work.keys, work.args, told, "", "", again)
 
         return self._for_each(raw, tell, lambda: [infos[entry] for entry in sorted(infos)])
 
-    def end_all(self, subject: str, keep: str) -> Command[int]:
+    def end_all(self, subject: str, keep: str, replicas: int) -> Command[int]:
         """End all but the session whose id is to be kept; how many ended."""
         raw = subject_arg(subject)
         counts: list[int] = []
@@ -163,17 +167,29 @@ class Subjects:
                 counts.append(int(count))
                 return go_on(moved)
 
-            return Command(scripts.END_ALL, work.keys, (keep.encode(), *work.args), ended, "")
+            args = (keep.encode(), *work.args)
+            return Command(scripts.END_ALL, work.keys, args, ended, "", replicas=replicas)
 
-        return self._for_each(raw, end, lambda: sum(counts))
+        index = self.index_key(raw)
+
+        def none() -> int | Command[int]:
+            if not replicas:
+                return 0
+            # Somebody else ended them, a call perhaps that too few replicas had seen.
+            return Command(
+                scripts.MARK, (index,), (), lambda _: 0, "", "", again, replicas=replicas
+            )
+
+        return self._for_each(raw, end, lambda: sum(counts), none)
 
     def _for_each(
         self,
         subject: bytes,
         command: Callable[[_Work, _GoOn[R]], Command[R]],
         result: Callable[[], R],
+        none: Callable[[], R | Command[R]] | None = None,
     ) -> Command[R]:
-        """List the sessions, then send the command for all of them.
+        """List the sessions, then send the command for all of them, unless there are none.
 
         If renewals moved some from under it, it is sent again with these as well.
         """
@@ -195,14 +211,14 @@ class Subjects:
             now = answer[: answers.STARTED_DIGITS]
             entries = answers.entries(answer[answers.STARTED_DIGITS :])
             if not entries:
-                return result()
+                return none() if none else result()
             # A session may have been started by the clock of another server, which is ahead.
             listed = max(now, *(entry[: answers.STARTED_DIGITS] for entry in entries))
             return work(listed, entries, _MAX_LOOKS)
 
-        return Command(scripts.INDEX, (index,), (), begin, "", "", once_more)
+        return Command(scripts.INDEX, (index,), (), begin, "", "", again)
 
-    def end_one(self, subject: str, session_id: str) -> Command[None]:
+    def end_one(self, subject: str, session_id: str, replicas: int) -> Command[None]:
         """End the session of that id, if it is the subject's."""
         raw = subject_arg(subject)
         if not isinstance(session_id, str):
@@ -215,7 +231,15 @@ class Subjects:
         if slot_of(key) != slot_of(index):
             raise SessionNotFoundError(session_id)
         args = (session_id.encode(), *self._subs(raw))
-        return Command(scripts.END_ONE, (key, index), args, nothing, session_id)
+        return Command(
+            scripts.END_ONE,
+            (key, index),
+            args,
+            nothing,
+            session_id,
+            repeat=or_gone,
+            replicas=replicas,
+        )
 
     def index_key(self, subject: bytes) -> bytes:
         """The Redis key of a subject's index."""
@@ -242,18 +266,22 @@ class Subjects:
         joining: _Joining,
         *,
         entries: Sequence[bytes] = (),
-        repeated: bool = False,
+        tried: int = 0,
         looks: int = _MAX_LOOKS,
     ) -> Command[str]:
-        _, index_key, opening, source, _, limit, follow = joining
-        keys: tuple[bytes, ...] = (self._keyspace.session_key(drawn.session_id), index_key)
+        _, index_key, opening, source, _, limit, replicas, follow = joining
+        keys: tuple[bytes, ...] = (
+            self._keyspace.session_key(drawn.session_id),
+            index_key,
+            self._keyspace.tries_key(drawn.session_id),
+        )
         if source:
             keys = (*keys, self._keyspace.session_key(source.session_id))
         subs = self._subs(joining.subject)
         args = (
             drawn.fingerprint,
             opening.ttl,
-            b"1" if repeated else b"0",
+            b"%d" % tried,
             opening.idle_timeout,
             drawn.session_id.encode(),
             opening.started,
@@ -278,22 +306,32 @@ class Subjects:
                 drawn,
                 joining,
                 entries=answers.entries(answer),
-                repeated=repeated,
+                tried=tried,
                 looks=looks - 1,
             )
+
+        def repeat(_: Command[str]) -> Command[str]:
+            return self._join_as(drawn, joining, entries=entries, tried=tried + 1, looks=looks)
 
         def recover(_: Command[str], error: Exception) -> Command[str] | None:
             if isinstance(error, IdTakenError) and drawn.left:
                 return self._join(joining, drawn.left)
-            if lost(error) and not repeated:
-                return self._join_as(drawn, joining, entries=entries, repeated=True, looks=looks)
             if source and isinstance(error, ClusterCrossSlotError):
                 return self._copied(source, joining)
             return None
 
         session_id = source.session_id if source else drawn.session_id
         keys += self._session_keys(entries)
-        return Command(scripts.ENROLL, keys, args, joined, session_id, "", recover)
+        return Command(
+            scripts.ENROLL,
+            keys,
+            args,
+            joined,
+            session_id,
+            repeat=repeat,
+            recover=recover,
+            replicas=replicas,
+        )
 
     # Between two slots of a cluster: copy the session, take away the old one, and make up for what
     # changed meanwhile. Whoever takes it has it; who comes too late ends the copy. Where another
@@ -307,10 +345,10 @@ class Subjects:
             if not evicts:
                 return drawn.token
             copied = Source(drawn.session_id, drawn.fingerprint, joining.generation)
-            return self._adopt(copied, joining.subject, joining.generation)
+            return self._adopt(copied, joining.subject, joining.generation, joining.replicas)
 
         def follow(opening: Opening, drawn: _Drawn) -> Command[str]:
-            return self._take(source, opening, drawn, taken)
+            return self._take(source, opening, drawn, taken, joining.replicas)
 
         def read(answer: bytes) -> Command[str]:
             opening, limit = _opening(answer), joining.limit
@@ -320,7 +358,7 @@ class Subjects:
             copying = joining._replace(opening=opening, source=None, limit=limit, follow=follow)
             return self._join(copying)
 
-        return self._export(source, b"0", read)._replace(recover=once_more)
+        return self._export(source, b"0", read)._replace(repeat=again)
 
     def _take(
         self,
@@ -328,6 +366,7 @@ class Subjects:
         opening: Opening,
         drawn: _Drawn,
         taken: Callable[[_Drawn], str | Command[str]],
+        replicas: int,
     ) -> Command[str]:
         keys = (self._keyspace.session_key(drawn.session_id),)
 
@@ -339,14 +378,21 @@ class Subjects:
             if _same(fields, opening.fields) or _same((*fields, *_PENDING), opening.fields):
                 return taken(drawn)
             args = (drawn.fingerprint, *fields)
-            return Command(scripts.IMPORT, keys, args, lambda _: taken(drawn), source.session_id)
+            return Command(
+                scripts.IMPORT,
+                keys,
+                args,
+                lambda _: taken(drawn),
+                source.session_id,
+                replicas=replicas,
+            )
 
         def recover(_: Command[str], error: Exception) -> Command[str] | None:
             if isinstance(error, SessionNotFoundError):
                 return Command(scripts.END, keys, (drawn.fingerprint,), gone, source.session_id)
             return None
 
-        return self._export(source, b"1", read)._replace(recover=recover)
+        return self._export(source, b"1", read)._replace(recover=recover, replicas=replicas)
 
     def _export(
         self, source: Source, take: bytes, read: Callable[[bytes], str | Command[str]]

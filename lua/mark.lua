@@ -1,0 +1,23 @@
+-- Makes a write that changes nothing, so that a WAIT behind it waits for all that was written before: one
+-- behind a script that wrote nothing itself may not wait at all (Redis 7.2 and later, Valkey).
+--   KEYS[1]  a session's hash or an index, which need not be there
+--   ARGV[1]  echo, behind every reply
+-- Returns echo.
+local key, echo = KEYS[1], ARGV[1]
+
+-- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
+-- writes after TIME if it does.
+if redis.replicate_commands then redis.replicate_commands() end
+
+local left = redis.call('PTTL', key)
+if left >= 0 then
+  -- Its own end, or a millisecond before. That takes no memory, which a full server would refuse.
+  local time = redis.call('TIME')
+  local now = time[1] * 1000 + math.floor(time[2] / 1000)
+  redis.call('PEXPIREAT', key, string.format('%.0f', now + left))
+elseif left == -2 then
+  local written = redis.pcall('HSET', key, 'mark', '')
+  if written ~= 1 then return redis.error_reply(written.err .. ' ' .. echo) end
+  redis.call('DEL', key)
+end
+return echo
