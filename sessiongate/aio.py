@@ -124,7 +124,8 @@ class AsyncSessionGate:
         self._owns_client = False
 
         def channel(pool: ConnectionPool) -> _Channel:
-            return Lane(pool, max_waiting) if auto_pipeline else _Pooled(pool)
+            a_try = self._timeout / 2
+            return Lane(pool, max_waiting, a_try) if auto_pipeline else _Pooled(pool, a_try)
 
         self._channel: _Channel = (
             _Clustered(client, channel)
@@ -365,13 +366,14 @@ class _Channel(Protocol):
 class _Pooled:
     """Sends each command on a connection of the client's pool."""
 
-    def __init__(self, pool: ConnectionPool) -> None:
+    def __init__(self, pool: ConnectionPool, a_try: float) -> None:
         self._pool = pool
+        self._a_try = a_try
         self._loop = OneLoop()
 
     async def ask(self, command: AnyCommand, due: float, *, asking: bool = False) -> Answer:
         loop = self._loop.check()
-        limit = None if due == FOREVER else due
+        limit = None if due == FOREVER else min(due, loop.time() + self._a_try)
         try:
             async with asyncio.timeout_at(limit):
                 connection = await self._pool.get_connection()
@@ -389,10 +391,12 @@ class _Pooled:
             raise
         waiting = Waiting(command, loop.create_future(), due, asking)
         batch = Batch([waiting], fresh=False)
+        if command.replicas and limit is not None:
+            limit = due  # they may take all of the time
         try:
             async with asyncio.timeout_at(limit):
                 # Its own timeout, as it is the pool's.
-                await batch.exchange(connection, Watch(None))
+                await batch.exchange(connection, Watch(FOREVER))
         except RedisError as error:
             batch.fail(error)
         except TimeoutError:
@@ -449,7 +453,7 @@ class _Clustered:
 
     async def ask(self, command: AnyCommand, due: float, *, asking: bool = False) -> Answer:
         loop = self._loop.check()
-        journey = Journey()
+        journey = Journey(due)
         while True:
             if self._closed:
                 raise GateClosedError
@@ -462,10 +466,8 @@ class _Clustered:
                 self._forget(self._servers.keys() - self._routes.names())
             answer = await self._ask_at(node, command, due, asking=asking or journey.asking)
             self._routes.heard(node.name, answer)
-            if not journey.goes_on(command, answer, node.host):
-                return answer
-            if loop.time() + journey.pause >= due:
-                return answer
+            if not journey.goes_on(command, answer, node.host, loop.time()):
+                return journey.end(answer)
             await asyncio.sleep(journey.pause)
 
     async def _ask_at(

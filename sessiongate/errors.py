@@ -4,6 +4,7 @@ redis-py's errors (connection lost, timeout, out of memory, read only) are not w
 the caller as they are.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -139,12 +140,15 @@ class UnderReplicatedError(SessionGateError):
         min_replicas: how many were asked for.
     """
 
+    _told: tuple[Callable[[], object]] = (lambda: None,)
+
     def __init__(self, replicas: int, min_replicas: int, result: object = None) -> None:
         super().__init__(replicas, min_replicas)
         self.replicas = replicas
         self.min_replicas = min_replicas
         # It may be a token: behind a call, it is shown by no log that shows attributes.
-        self._told = (lambda: result,)
+        if result is not None:
+            self._told = (lambda: result,)
 
     def result(self) -> Any:
         """What the call would have returned: of `start` and `renew` the token."""

@@ -84,6 +84,7 @@ class SessionGate:
             )
         if not isinstance(client, LaterCluster):
             refuse_stale_cache(client)
+        self._client = client
         self._timeout = timeout_setting(timeout)
         self._commands = Commands(
             SignKeyRing(sign_key),

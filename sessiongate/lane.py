@@ -129,12 +129,14 @@ class Batch:
             believed = misplaced() if foreign or unproven else refusal
             member.settle(_judged(believed, proven=proven or self._fresh))
         if self._waited_for:
-            await self._await_replicas(connection)
+            await self._await_replicas(connection, watch)
 
-    async def _await_replicas(self, connection: AbstractConnection) -> None:
+    async def _await_replicas(self, connection: AbstractConnection, watch: "Watch") -> None:
         """Wait on the connection that wrote: on another one WAIT does not know what to wait for."""
         sound, self.sound = self.sound, False
         members = [member for member, _ in self._waited_for]
+        due = min(member.due for member in members)
+        watch.be_patient(due)
         for command in (mark_of(member.command) for member in members if member.command.unmarked):
             echo = new_echo()
             await connection.send_packed_command(pack(command, echo))
@@ -142,7 +144,7 @@ class Batch:
             if isinstance(marked, Exception):
                 self._settle_waiting(0, marked)
                 return
-        left = min(member.due for member in members) - asyncio.get_running_loop().time()
+        left = due - asyncio.get_running_loop().time()
         most = max(member.command.replicas for member in members)
         await connection.send_packed_command(wait_for(most, left))
         count = await _read(connection)
@@ -278,7 +280,7 @@ class Watch:
 
     __slots__ = ("_deadline", "_due", "_loop", "_seconds", "_timer")
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float) -> None:
         self._loop: asyncio.AbstractEventLoop
         self._seconds = seconds
         self._deadline: asyncio.Timeout | None = None
@@ -298,8 +300,12 @@ class Watch:
     def progressed(self, due: float) -> None:
         """Begin to count anew, for what has to be over by then."""
         self._due = due
-        if self._seconds is not None:
+        if self._seconds < FOREVER:
             self._due = min(due, self._loop.time() + self._seconds)
+
+    def be_patient(self, due: float) -> None:
+        """Wait until then, whatever comes in."""
+        self._due = due
 
     def stop(self) -> None:
         """The exchange has ended."""
@@ -324,10 +330,11 @@ class Lane:
     Args:
         pool: how connections are made; the lane makes one of its own and takes none of the pool's.
         max_waiting: how many commands may be under way; more callers wait for room.
+        a_try: seconds that an exchange may last without progress, if the client allows as many.
     """
 
-    def __init__(self, pool: ConnectionPool, max_waiting: int) -> None:
-        self._make_slow_lane: Callable[[], Lane] = lambda: Lane(pool, max_waiting)
+    def __init__(self, pool: ConnectionPool, max_waiting: int, a_try: float = FOREVER) -> None:
+        self._make_slow_lane: Callable[[], Lane] = lambda: Lane(pool, max_waiting, a_try)
         self._slow_lane: Lane | None = None
         self._room = asyncio.Semaphore(max_waiting)
         self._waiting: OrderedDict[asyncio.Future[Answer], Waiting] = OrderedDict()
@@ -340,7 +347,8 @@ class Lane:
             self._connection, "can_read", self._connection.can_read_destructive
         )
         self._timeout: float | None = self._connection.socket_timeout
-        self._watch = Watch(self._timeout)
+        self._a_try = a_try
+        self._watch = Watch(min(a_try, FOREVER if self._timeout is None else self._timeout))
         self._batch: Batch | None = None
         self._unfinished: Batch | None = None  # cancelled while its replies were on their way
         self._busy = False
@@ -495,6 +503,7 @@ class Lane:
     async def _connect(self) -> None:
         self._connection.socket_timeout = self._timeout
         due = min(waiting.due for waiting in self._waiting.values())
+        due = min(due, asyncio.get_running_loop().time() + self._a_try)
         try:
             async with asyncio.timeout_at(None if due == FOREVER else due):
                 await self._connection.connect()

@@ -35,13 +35,18 @@ class Lines:
     """Connections to one server, made as a pool makes its own. As many are kept as were in use.
 
     To take one from the pool and give it back costs a quarter of a call.
+
+    Args:
+        pool: how connections are made.
+        timeout: seconds that a call may take: one try of it takes half of them at most, so that a
+            server that stands still leaves time to find another one.
     """
 
     __slots__ = ("_closed", "_idle", "_pid", "_pool", "_timeout")
 
     def __init__(self, pool: ConnectionPool, timeout: float) -> None:
         self._pool = pool
-        self._timeout = timeout
+        self._timeout = timeout / 2
         self._idle: list[Any] = []
         self._pid = os.getpid()
         self._closed = False
@@ -83,7 +88,7 @@ class Lines:
                 return connection, False
             connection.disconnect()
         try:
-            connection.connect_by(due)
+            connection.connect_by(min(due, monotonic() + self._timeout))
             connection.expect(due)
         except RedisError:
             connection.disconnect()
@@ -122,7 +127,7 @@ class ClusterLines:
 
     def ask(self, command: AnyCommand, due: float) -> Answer:
         """What comes of a command, wherever it is sent on to."""
-        journey = Journey()
+        journey = Journey(due)
         while True:
             try:
                 node = self._routes.node(command, journey, due)
@@ -133,10 +138,8 @@ class ClusterLines:
                 self._forget(self._lines.keys() - self._routes.names())
             answer = self._lines_to(node).ask(command, due, asking=journey.asking)
             self._routes.heard(node.name, answer)
-            if not journey.goes_on(command, answer, node.host):
-                return answer
-            if monotonic() + journey.pause >= due:
-                return answer
+            if not journey.goes_on(command, answer, node.host, monotonic()):
+                return journey.end(answer)
             sleep(journey.pause)
 
     def _lines_to(self, node: "ClusterNode") -> Lines:
@@ -200,6 +203,7 @@ def _await_replicas(
 ) -> tuple[Answer, bool]:
     """Wait on the connection that wrote: on another one WAIT does not know what to wait for."""
     try:
+        connection.expect(due, patiently=True)
         if command.unmarked:
             marked, _ = _round_trip(connection, mark_of(command))
             if isinstance(marked, Exception):

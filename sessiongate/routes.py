@@ -30,7 +30,7 @@ REDIRECTIONS = (redis_errors.AskError, redis_errors.TryAgainError)
 # Sent before a command, in one packet with it.
 ASKING = (b"*1\r\n$6\r\nASKING\r\n",)
 
-_MAX_REDIRECTIONS = 16  # as redis-py
+_MAX_REDIRECTIONS = 16  # as redis-py; of a call without a deadline
 # While a slot moves, servers may send a command to and fro: wait from the fourth time on.
 _HASTY = 3
 _PAUSE = 0.05
@@ -63,33 +63,44 @@ _UNREADABLE = (
 class Journey:
     """One command's way through a cluster, for as long as it is sent on."""
 
-    __slots__ = ("_left", "address", "asking", "pause")
+    __slots__ = ("_due", "_sent", "_unready", "address", "asking", "pause")
 
-    def __init__(self) -> None:
-        self._left = _MAX_REDIRECTIONS
+    def __init__(self, due: float) -> None:
+        self._due = due
+        self._sent = 0
+        self._unready: Answer | None = None
         self.address: tuple[str, int] | None = None  # where it was sent; None: to its slot's server
         self.asking = False
         self.pause = 0.0
 
-    def goes_on(self, command: AnyCommand, answer: Answer, host: str) -> bool:
+    def goes_on(self, command: AnyCommand, answer: Answer, host: str, now: float) -> bool:
         """Whether to send the command again, after what the server at that host answered."""
-        if isinstance(answer, NotRun):
-            answer = answer.error
-        if not isinstance(answer, REDIRECTIONS) or not self._left:
+        error = answer.error if isinstance(answer, NotRun) else answer
+        unready = isinstance(error, redis_errors.TryAgainError)
+        if unready:
+            self._unready = answer
+        if not isinstance(error, REDIRECTIONS) or (unready and command.anywhere):
             return False
-        if command.anywhere and isinstance(answer, redis_errors.TryAgainError):
+        self._sent += 1
+        self.pause = _PAUSE if unready or self._sent > _HASTY else 0.0
+        if self._due == FOREVER:
+            if self._sent > _MAX_REDIRECTIONS:
+                return False
+        elif now + self.pause >= self._due:
             return False
-        self._left -= 1
         self.address = None
         self.asking = False
-        self.pause = 0.0 if self._left >= _MAX_REDIRECTIONS - _HASTY else _PAUSE
-        if isinstance(answer, redis_errors.AskError):
+        if isinstance(error, redis_errors.AskError):
             # A server may leave out the host if it is its own.
-            self.address = (answer.host or host, answer.port)
-            self.asking = not isinstance(answer, redis_errors.MovedError)
-        else:
-            self.pause = _PAUSE
+            self.address = (error.host or host, error.port)
+            self.asking = not isinstance(error, redis_errors.MovedError)
         return True
+
+    def end(self, answer: Answer) -> Answer:
+        """What came of it: if it was only sent about, that the servers were not ready for it."""
+        error = answer.error if isinstance(answer, NotRun) else answer
+        sent_on = isinstance(error, REDIRECTIONS)
+        return self._unready if sent_on and self._unready is not None else answer
 
 
 class _Doubts:

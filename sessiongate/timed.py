@@ -82,7 +82,7 @@ class _Socket:
     __slots__ = (
         "_again",
         "_due",
-        "_shortened",
+        "_set",
         "_timeout",
         "_wrapped",
         "fileno",
@@ -93,19 +93,26 @@ class _Socket:
     def __init__(self, wrapped: socket.socket, due: float) -> None:
         self._wrapped = wrapped
         self._timeout = wrapped.gettimeout()
-        self._shortened = False
+        self._set = False  # whether it has another timeout just now
         # What redis-py asks for with every call.
         self.fileno = wrapped.fileno
         self.gettimeout = wrapped.gettimeout
         self.settimeout = wrapped.settimeout
         self.expect(due)
 
-    def expect(self, due: float) -> None:
-        """Let what is sent and read from now on be over by then."""
+    def expect(self, due: float, *, patiently: bool = False) -> None:
+        """Let what is sent and read from now on be over by then.
+
+        Patiently means to wait until then, and no less.
+        """
         self._due = due
         self._again = False
-        if self._shortened:
-            self._shortened = False
+        if patiently:
+            self._set = True
+            self.settimeout(None if due == FOREVER else max(due - monotonic(), _AT_ONCE))
+            return
+        if self._set:
+            self._set = False
             self.settimeout(self._timeout)
         if self._timeout is None or due - monotonic() < self._timeout - _TRIFLE:
             self._shorten()
@@ -135,7 +142,7 @@ class _Socket:
     def _shorten(self) -> None:
         left = max(self._due - monotonic(), _AT_ONCE)
         if left < (FOREVER if self._timeout is None else self._timeout):
-            self._shortened = True
+            self._set = True
             self.settimeout(left)
 
 
@@ -154,11 +161,11 @@ def _timed(connection_class: type[Connection]) -> type[Connection]:
             self._deadline_socket = _Socket(made, self.due)
             return self._deadline_socket
 
-        def expect(self, due: float) -> None:
-            """Let what is sent and read from now on be over by then."""
+        def expect(self, due: float, *, patiently: bool = False) -> None:
+            """Let what is sent and read from now on be over by then; patiently: no sooner."""
             self.due = due
             if self._deadline_socket is not None:
-                self._deadline_socket.expect(due)
+                self._deadline_socket.expect(due, patiently=patiently)
 
         def connect_by(self, due: float) -> None:
             """Connect, in time."""

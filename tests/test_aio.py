@@ -210,7 +210,7 @@ async def test_an_altered_reply_spoils_no_batch(server: Server) -> None:
             await asyncio.gather(*(gate.pset(token, "x", "x") for _ in range(3)))
             proxy.alter = alter
             commands = [
-                gate._commands.pget(token, f"{n}")._replace(recover=None) for n in range(40)
+                gate._commands.pget(token, f"{n}")._replace(repeat=None) for n in range(40)
             ]
             answers = await asyncio.gather(*map(gate._run, commands), return_exceptions=True)
     wrong = [answer for answer in answers if isinstance(answer, Exception)]
@@ -258,9 +258,9 @@ async def test_big_payloads_travel_in_batches_of_their_own(server: Server) -> No
         sizes: list[int] = []
         run = lane._run
 
-        async def watched(batch: Batch) -> None:
+        async def watched(batch: Batch, due: float) -> None:
             sizes.append(len(batch))
-            await run(batch)
+            await run(batch, due)
 
         lane._run = watched  # type: ignore[method-assign]  # to watch it
         await asyncio.gather(
@@ -641,8 +641,10 @@ async def test_an_error_that_names_a_state_of_the_server(server: Server) -> None
             token = await gate.start(300, {f"{n}": f"{n:06}" for n in range(40)})
             await asyncio.gather(*(gate.pset(token, "x", "x") for _ in range(3)))
             proxy.alter = alter
-            calls = (gate.pget(token, f"{n}") for n in range(40))
-            answers = await asyncio.gather(*calls, return_exceptions=True)
+            commands = [
+                gate._commands.pget(token, f"{n}")._replace(repeat=None) for n in range(40)
+            ]
+            answers = await asyncio.gather(*map(gate._run, commands), return_exceptions=True)
     wrong = [answer for answer in answers if isinstance(answer, Exception)]
     assert [type(answer) for answer in wrong] == [redis.BusyLoadingError]
     assert all(answer in (f"{n:06}".encode(), wrong[0]) for n, answer in enumerate(answers))

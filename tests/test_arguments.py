@@ -36,10 +36,11 @@ from sessiongate import (
     SessionGateError,
     SessionNotFoundError,
     TooManySessionsError,
+    UnderReplicatedError,
 )
 from sessiongate.arguments import data_arg, field_arg, payloads_arg, ttl_arg
 from sessiongate.connect import async_client_from_url, client_from_url
-from sessiongate.gate import _Single
+from sessiongate.lines import Lines
 from sessiongate.keyspace import Keyspace
 
 from .servers import NO_RETRY
@@ -445,7 +446,7 @@ def test_closing_a_gate_leaves_the_applications_client_open() -> None:
 def test_closing_a_gate_closes_its_own_connections(gate: SessionGate) -> None:
     """The connections that a gate made are closed with it, on whichever client it made them."""
     gate.start(300)
-    assert isinstance(gate._channel, _Single)
+    assert isinstance(gate._channel, Lines)
     (connection,) = gate._channel._idle
     gate.close()
     assert connection._sock is None
@@ -487,6 +488,7 @@ ERRORS: list[SessionGateError] = [
     PayloadTypeError("user"),
     PayloadOverflowError("user"),
     TooManySessionsError(),
+    UnderReplicatedError(1, 2),
     ArgumentError("x"),
     ConfigurationError("x"),
     GateClosedError(),

@@ -164,7 +164,7 @@ class Crowd:
 
     def ids_held(self) -> set[str]:
         """The ids of all sessions that Redis holds."""
-        return {key.decode()[-17:-1] for key in self.look.scan_iter() if b":subject:" not in key}
+        return {key.decode()[-17:-1] for key in self.look.scan_iter("sg-session:{*")}
 
     def index_server(self) -> Redis:
         """A client of the server where Alice's sessions are."""
@@ -787,9 +787,9 @@ class Hooked:
         self._channel = channel
         self._hook = hook
 
-    def ask(self, command: AnyCommand) -> Answer:
+    def ask(self, command: AnyCommand, due: float) -> Answer:
         async def asked() -> Answer:
-            answer: Answer = self._channel.ask(command)
+            answer: Answer = self._channel.ask(command, due)
             return answer
 
         return at_once(self._hook(command, asked))  # type: ignore[arg-type]  # it is a coroutine
@@ -802,9 +802,9 @@ class Hooked:
 class AsyncHooked(Hooked):
     """The same, awaited."""
 
-    async def ask(self, command: AnyCommand) -> Answer:  # type: ignore[override]  # as the gates differ
+    async def ask(self, command: AnyCommand, due: float) -> Answer:  # type: ignore[override]  # as the gates differ
         async def asked() -> Answer:
-            answer: Answer = await self._channel.ask(command)
+            answer: Answer = await self._channel.ask(command, due)
             return answer
 
         return await self._hook(command, asked)

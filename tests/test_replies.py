@@ -22,7 +22,7 @@ from redis.exceptions import (
 )
 
 from sessiongate import PayloadNotFoundError, SessionGate, SessionNotFoundError, wire
-from sessiongate.gate import _Single
+from sessiongate.lines import Lines
 from sessiongate.lane import Lane
 
 from .conftest import SIGN_KEY, Backend, Blocking, Flavour
@@ -45,8 +45,8 @@ def paused(server: Server, seconds: float) -> Iterator[None]:
 def soil(flavour: Flavour, gate: SessionGate, *command: object) -> None:
     """Leave a reply unread on the connection that the gate uses next, as if interrupted."""
     if not flavour.is_async:
-        assert isinstance(gate._channel, _Single)
-        connection = gate._channel._take()
+        assert isinstance(gate._channel, Lines)
+        connection, _ = gate._channel._take(float("inf"))
         connection.send_command(*command)
         gate._channel._idle.append(connection)
         return

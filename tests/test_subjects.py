@@ -166,8 +166,8 @@ class Between:
         self.asked = 0
         gate._channel = self
 
-    def ask(self, command: AnyCommand) -> Answer:
-        answer = self._ask(command)
+    def ask(self, command: AnyCommand, due: float) -> Answer:
+        answer = self._ask(command, due)
         if isinstance(answer, bytes):  # or the server does not know the script yet
             self.asked += 1
             if command.script.name == self._script:

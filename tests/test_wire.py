@@ -40,7 +40,7 @@ def test_a_request_holds_its_words(
     )
     call = [b"EVAL", script.source] if by_source else [b"EVALSHA", script.sha.encode()]
     request = b"".join(wire.pack(command, echo))
-    assert read_request(request) == [*call, str(len(keys)).encode(), *keys, echo, *args]
+    assert read_request(request) == [*call, str(len(keys)).encode(), *keys, *args, echo]
 
 
 @given(st.integers(1, 600))
