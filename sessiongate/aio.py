@@ -316,9 +316,10 @@ class AsyncSessionGate:
         except EventLoopError:
             self._closed = was_closed
             raise
-        if self._owns_client and isinstance(self._client, Redis):
+        if self._owns_client:
             await self._client.aclose()
-            await self._client.connection_pool.disconnect()
+            if isinstance(self._client, Redis):
+                await self._client.connection_pool.disconnect()
 
     async def __aenter__(self) -> Self:
         if self._closed:

@@ -142,49 +142,48 @@ class _Many(NamedTuple):
     def _read(cls, url: str, kind: str) -> "_Many | None":
         try:
             parts = urlsplit(url)
-            login, at, hosts = parts.netloc.rpartition("@")
-            service, _, database = unquote(parts.path).strip("/").partition("/")
-            if kind == _CLUSTER:
-                service, database = database, service  # a cluster has no service, and one database
             words = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
         except ValueError:
             return None
-        if bool(service) != (kind == _SENTINEL) or (kind == _CLUSTER and database.strip("0")):
+        login, at, hosts = parts.netloc.rpartition("@")
+        names = unquote(parts.path).strip("/").split("/")
+        service = names.pop(0) if kind == _SENTINEL else ""
+        database = names.pop(0) if names else ""
+        # An @ of a password has to be written as %40: behind one that is not, hosts would be missed.
+        if names or "@" in login or (kind == _SENTINEL) != bool(service):
             return None
+        if kind == _CLUSTER and database.strip("0"):
+            return None  # there is only database 0
+        of_data = [(name, value) for name, value in words if name not in _SENTINEL_OPTIONS]
         single = parts._replace(
-            scheme=parts.scheme.removesuffix(kind),
-            path=f"/{database}",
-            query=urlencode(
-                [(name, value) for name, value in words if name not in _SENTINEL_OPTIONS]
-            ),
+            scheme=parts.scheme.removesuffix(kind), path=f"/{database}", query=urlencode(of_data)
         )
         nodes: list[tuple[str, int]] = []
         for host in hosts.split(","):
             address = urlsplit(f"//{host}")
-            if (
-                not host
-                or _made(single._replace(netloc=f"{login}{at}{host}").geturl(), _plain) is None
-            ):
+            one = single._replace(netloc=f"{login}{at}{host}").geturl()
+            if not address.hostname or _made(one, _plain) is None:
                 return None
-            nodes.append((address.hostname or "", address.port or _PORTS[kind]))
-        options = parse_url(single._replace(netloc=f"{login}{at}{host}").geturl())
-        for name in ("host", "port", "path"):
-            options.pop(name, None)
-        if options.pop("connection_class", None):
-            options["ssl"] = True
-        if kind == _CLUSTER:
-            options.pop("db", None)
-        options["protocol"] = 2
-        theirs = {
-            name: value for name, value in options.items() if name.startswith(("ssl", "socket"))
-        }
-        theirs |= {
-            _SENTINEL_OPTIONS[name]: value for name, value in words if name in _SENTINEL_OPTIONS
-        }
-        for name in _TIMEOUTS:
-            options.setdefault(name, _TIMEOUT)
-            theirs.setdefault(name, _SENTINEL_TIMEOUT)
-        return cls(kind, nodes, service, options, {**theirs, "protocol": 2})
+            nodes.append((address.hostname, address.port or _PORTS[kind]))
+        of_sentinels = [
+            (_SENTINEL_OPTIONS[name], value) for name, value in words if name in _SENTINEL_OPTIONS
+        ]
+        return cls(kind, nodes, service, *_options(kind, parse_url(one), dict(of_sentinels)))
+
+
+def _options(
+    kind: str, options: dict[str, Any], login: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What redis-py is told for the servers that hold data, and for sentinels."""
+    for name in ("host", "port", "path", *(["db"] if kind == _CLUSTER else [])):
+        options.pop(name, None)
+    if options.pop("connection_class", None):
+        options["ssl"] = True
+    theirs = {name: value for name, value in options.items() if name.startswith(("ssl", "socket"))}
+    for name in _TIMEOUTS:
+        options.setdefault(name, _TIMEOUT)
+        theirs.setdefault(name, _SENTINEL_TIMEOUT)
+    return {**options, "protocol": 2}, {**theirs, **login, "protocol": 2}
 
 
 def _plain(url: str) -> Redis:

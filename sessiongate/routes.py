@@ -333,29 +333,36 @@ class AsyncRoutes:
             raise copy(error) if error else _not_covered()
 
     async def _read(self) -> redis_errors.ConnectionError | None:
-        self._doubts.begin()
-        read = False
         try:
             if self._ready:
-                # As above.
-                with suppress(*_UNREADABLE):
-                    await self._client.nodes_manager.initialize()
-                    read = True
-                    self.turn += 1
+                await self._read_again()
                 return None
             try:
                 await self._client.initialize()
             except redis_errors.RedisClusterException as error:
                 return _unreachable(error)
-            self._ready = read = True
+            self._ready = True
             return None
         finally:
-            self._doubts.end(read=read)
             self._reading = None
+
+    async def _read_again(self) -> None:
+        self._doubts.begin()
+        read = False
+        try:
+            # As above.
+            with suppress(*_UNREADABLE):
+                await self._client.nodes_manager.initialize()
+                read = True
+                self.turn += 1
+        finally:
+            self._doubts.end(read=read)
 
 
 def _unreachable(error: Exception) -> redis_errors.ConnectionError:
-    # redis-py's is no RedisError, and tells nothing more of whether to try again.
+    # redis-py's is no RedisError; why the last server could not be asked says more.
+    if isinstance(error.__cause__, redis_errors.AuthenticationError):
+        return copy(error.__cause__)
     return redis_errors.ConnectionError(f"{error}")
 
 

@@ -74,6 +74,8 @@ OPERATIONS: list[Callable[[SessionGate, str], object]] = [
     lambda gate, token: gate.pdel(token, "user"),
     lambda gate, token: gate.end(token),
 ]
+# Those that are sent again after a lost reply: they can tell what they did themselves.
+REPEATED = [OPERATIONS[number] for number in (0, 3, 4, 5)]
 
 
 def test_a_dirty_connection_hands_over_nothing(flavour: Flavour, server: Server) -> None:
@@ -82,10 +84,10 @@ def test_a_dirty_connection_hands_over_nothing(flavour: Flavour, server: Server)
     mine, other = gate.start(300, {"user": "mine"}), gate.start(300, {"user": "theirs"})
     assert gate.pget(other, "user") == b"theirs"  # the server knows the script now
     command = gate._commands.pget(other, "user")
-    request = ("EVALSHA", command.script.sha, 1, *command.keys, wire.new_echo(), *command.args)
+    request = ("EVALSHA", command.script.sha, 1, *command.keys, *command.args, wire.new_echo())
     with paused(server, 0.3):
         soil(flavour, gate, *request)
-        # pget asks once more on a new connection; the others report a lost connection.
+        # pget asks once more on a new connection.
         assert gate.pget(mine, "user") == b"mine"
     assert gate.pget(mine, "user") == b"mine"
 
@@ -111,8 +113,8 @@ def test_no_operation_takes_a_foreign_reply(
     }
     with paused(server, 0.06):
         soil(flavour, gate, *requests[reply])
-        if OPERATIONS[number] is OPERATIONS[3]:
-            assert gate.pget(token, "user") == b"mine"
+        if OPERATIONS[number] in REPEATED:
+            OPERATIONS[number](gate, token)
         else:
             with pytest.raises(ConnectionError, match="belongs to another request"):
                 OPERATIONS[number](gate, token)
@@ -212,7 +214,7 @@ def test_a_repeated_start_is_no_way_into_another_session(flavour: Flavour, serve
     assert theirs.pget(token, "user") == b"theirs"
 
 
-@pytest.mark.parametrize("number", [1, 2, 4, 5])
+@pytest.mark.parametrize("number", [1, 2])
 def test_what_may_have_run_is_not_repeated(flavour: Flavour, server: Server, number: int) -> None:
     """When the reply of a write is lost, the caller is told and nothing runs twice."""
     with Proxy(server.port) as proxy:
