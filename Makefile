@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # A virtual environment that could not be finished (Debian without python3-venv) is made anew.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo test lint types check bench clean
+.PHONY: help demo test lint types check bench torture clean
 
 help:
 	@echo "make demo    the six operations, live; URL=redis://... shows them on a server of yours"
@@ -16,6 +16,7 @@ help:
 	@echo "make clean   removes what the others made: then PYTHON=python3.13 chooses another Python"
 	@echo "make check   lint, types and the suite"
 	@echo "make bench   speed and memory, as ratios; writes bench.json"
+	@echo "make torture campaigns of faults, for most of an hour; ARGS='--scale 0.1 sentinel' for a part"
 
 # A URL of the environment is some other program's: the command line's counts.
 demo: $(VENV)/demo
@@ -35,6 +36,9 @@ check: lint types test
 
 bench: $(VENV)/dev
 	$(BIN)/python -m tests.bench
+
+torture: $(VENV)/dev
+	$(BIN)/python -m tests.torture $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info bench.json

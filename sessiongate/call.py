@@ -93,10 +93,12 @@ class Call(Generic[R]):
             result = command.result(answer)
         except Exception as error:
             following = self._after(error, certain=certain)
-            if following is None:
+            if following is not None:
+                self.command = following
+                return True
+            if not (command.only_waits and isinstance(error, redis_errors.RedisError)):
                 raise
-            self.command = following
-            return True
+            result = command.result(self._noted(Written(b"", 0, error)))
         finally:
             del answer  # an error refers to this frame: the two would keep each other
         self.pause = 0.0

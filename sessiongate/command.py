@@ -61,7 +61,8 @@ class Command(NamedTuple, Generic[R]):
     sent again. `recover` makes what to send after another error, if anything.
 
     With `replicas` the answer is waited for until as many have what was written. `unmarked` says
-    that the script may have written nothing, being the second to do its work.
+    that the script may have written nothing, being the second to do its work. `only_waits` says
+    that all was written before, so that an error is but one of waiting.
     """
 
     script: Script
@@ -74,6 +75,7 @@ class Command(NamedTuple, Generic[R]):
     recover: "Callable[[Command[R], Exception], Command[R] | None] | None" = None
     replicas: int = 0
     unmarked: bool = False
+    only_waits: bool = False
     absence_is_done: bool = False  # that the session is gone is what it was sent for
     anywhere: bool = False  # another slot of a cluster would do as well: `recover` knows
     by_source: bool = False
@@ -135,3 +137,26 @@ PROBE: Command[None] = Command(scripts.ECHO, (), (), nothing, "", by_source=True
 def mark_of(command: AnyCommand) -> Command[None]:
     """The write that changes nothing, to be waited for in place of the command's own."""
     return Command(scripts.MARK, command.keys[:1], (), nothing, "", by_source=True)
+
+
+def waited_for(key: bytes, replicas: int, result: R, *others: bytes) -> "R | Command[R]":
+    """What an operation of several steps ends with: its result, once the replicas have it.
+
+    To wait after each step could take the time that the next one needs.
+
+    Args:
+        key: a Redis key of the server that wrote.
+        replicas: how many; 0 for the result at once.
+        result: what the operation returns.
+        others: keys of other servers that wrote.
+    """
+    if not replicas:
+        return result
+
+    def then(_: bytes) -> "R | Command[R]":
+        return waited_for(others[0], replicas, result, *others[1:]) if others else result
+
+    keys = (key,)
+    return Command(
+        scripts.MARK, keys, (), then, "", repeat=again, replicas=replicas, only_waits=True
+    )

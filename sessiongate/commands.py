@@ -23,7 +23,7 @@ from .arguments import (
     payloads_arg,
     ttl_arg,
 )
-from .command import Command, again, nothing, or_gone
+from .command import Command, again, nothing, or_gone, waited_for
 from .errors import ArgumentError, IdTakenError
 from .keyspace import Keyspace
 from .subjects import MAX_DRAWS, Opening, Overflow, Source, Subjects
@@ -121,7 +121,7 @@ class Commands:
 
         def expired(subject: bytes) -> Command[None] | None:
             if not subject:
-                return None
+                return waited_for(keys[0], replicas, None)
             # A token does not tell whose it is, and the index has to know when its sessions end.
             both = (*keys, self._subjects.index_key(subject))
             return Command(
@@ -133,7 +133,7 @@ class Commands:
                 replicas=replicas,
             )
 
-        return Command(scripts.EXPIRE, keys, args, expired, session_id, replicas=replicas)
+        return Command(scripts.EXPIRE, keys, args, expired, session_id)
 
     def renew(
         self,

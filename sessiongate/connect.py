@@ -149,7 +149,7 @@ class _Many(NamedTuple):
         names = unquote(parts.path).strip("/").split("/")
         service = names.pop(0) if kind == _SENTINEL else ""
         database = names.pop(0) if names else ""
-        # An @ of a password has to be written as %40: behind one that is not, hosts would be missed.
+        # An @ of a password has to be written as %40: before one that is not, hosts would be lost.
         if names or "@" in login or (kind == _SENTINEL) != bool(service):
             return None
         if kind == _CLUSTER and database.strip("0"):

@@ -81,12 +81,13 @@ class Lines:
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = connection_of(self._pool, self._timeout)
+            pass
         else:
             connection.expect(due)
             if not _has_unread(connection):
                 return connection, False
             connection.disconnect()
+        connection = connection_of(self._pool, self._timeout)
         try:
             connection.connect_by(min(due, monotonic() + self._timeout))
             connection.expect(due)

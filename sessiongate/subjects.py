@@ -13,7 +13,7 @@ from redis.exceptions import ClusterCrossSlotError
 from . import answers, scripts
 from .answers import SessionInfo
 from .arguments import subject_arg
-from .command import Command, R, again, nothing, or_gone
+from .command import Command, R, again, nothing, or_gone, waited_for
 from .errors import (
     ArgumentError,
     ConfigurationError,
@@ -69,6 +69,7 @@ class _Joining(NamedTuple):
     generation: int
     limit: bytes
     replicas: int
+    others: tuple[bytes, ...] = ()  # Redis keys of servers that wrote before
     follow: "Callable[[Opening, _Drawn], Command[str]] | None" = None
 
 
@@ -131,14 +132,10 @@ class Subjects:
     def adopt(self, source: Source, subject: str, replicas: int) -> Command[str]:
         """Give the session to the subject, under a new id and with a new token."""
         raw = subject_arg(subject)
-        return self._adopt(source, raw, source.generation + 1, replicas)
-
-    def _adopt(
-        self, source: Source, subject: bytes, generation: int, replicas: int
-    ) -> Command[str]:
-        index_key = self.index_key(subject)
-        joining = _Joining(subject, index_key, _AS_IT_IS, source, generation, self._limit, replicas)
-        return self._join(joining)
+        index_key, generation = self.index_key(raw), source.generation + 1
+        return self._join(
+            _Joining(raw, index_key, _AS_IT_IS, source, generation, self._limit, replicas)
+        )
 
     def sessions(self, subject: str) -> Command[list[SessionInfo]]:
         """Tell of the live sessions, the oldest first."""
@@ -167,29 +164,19 @@ class Subjects:
                 counts.append(int(count))
                 return go_on(moved)
 
-            args = (keep.encode(), *work.args)
-            return Command(scripts.END_ALL, work.keys, args, ended, "", replicas=replicas)
+            return Command(scripts.END_ALL, work.keys, (keep.encode(), *work.args), ended, "")
 
         index = self.index_key(raw)
-
-        def none() -> int | Command[int]:
-            if not replicas:
-                return 0
-            # Somebody else ended them, a call perhaps that too few replicas had seen.
-            return Command(
-                scripts.MARK, (index,), (), lambda _: 0, "", "", again, replicas=replicas
-            )
-
-        return self._for_each(raw, end, lambda: sum(counts), none)
+        # If there are none, a call may have ended them that too few replicas had heard of.
+        return self._for_each(raw, end, lambda: waited_for(index, replicas, sum(counts)))
 
     def _for_each(
         self,
         subject: bytes,
         command: Callable[[_Work, _GoOn[R]], Command[R]],
-        result: Callable[[], R],
-        none: Callable[[], R | Command[R]] | None = None,
+        result: Callable[[], R | Command[R]],
     ) -> Command[R]:
-        """List the sessions, then send the command for all of them, unless there are none.
+        """List the sessions, then send the command for all of them.
 
         If renewals moved some from under it, it is sent again with these as well.
         """
@@ -211,7 +198,7 @@ class Subjects:
             now = answer[: answers.STARTED_DIGITS]
             entries = answers.entries(answer[answers.STARTED_DIGITS :])
             if not entries:
-                return none() if none else result()
+                return result()
             # A session may have been started by the clock of another server, which is ahead.
             listed = max(now, *(entry[: answers.STARTED_DIGITS] for entry in entries))
             return work(listed, entries, _MAX_LOOKS)
@@ -269,7 +256,7 @@ class Subjects:
         tried: int = 0,
         looks: int = _MAX_LOOKS,
     ) -> Command[str]:
-        _, index_key, opening, source, _, limit, replicas, follow = joining
+        _, index_key, opening, source, _, limit, replicas, others, follow = joining
         keys: tuple[bytes, ...] = (
             self._keyspace.session_key(drawn.session_id),
             index_key,
@@ -299,7 +286,9 @@ class Subjects:
 
         def joined(answer: bytes) -> str | Command[str]:
             if not answer:
-                return follow(opening, drawn) if follow else drawn.token
+                if follow:
+                    return follow(opening, drawn)
+                return waited_for(keys[0], replicas, drawn.token, *others)
             if not looks:
                 raise _restless()
             return self._join_as(
@@ -330,7 +319,6 @@ class Subjects:
             session_id,
             repeat=repeat,
             recover=recover,
-            replicas=replicas,
         )
 
     # Between two slots of a cluster: copy the session, take away the old one, and make up for what
@@ -341,14 +329,18 @@ class Subjects:
     def _copied(self, source: Source, joining: _Joining) -> Command[str]:
         evicts = self._evicts == b"1" and joining.limit != b"0"
 
+        old_key = self._keyspace.session_key(source.session_id)
+
         def taken(drawn: _Drawn) -> str | Command[str]:
             if not evicts:
-                return drawn.token
+                new_key = self._keyspace.session_key(drawn.session_id)
+                return waited_for(new_key, joining.replicas, drawn.token, old_key)
             copied = Source(drawn.session_id, drawn.fingerprint, joining.generation)
-            return self._adopt(copied, joining.subject, joining.generation, joining.replicas)
+            adopting = joining._replace(opening=_AS_IT_IS, source=copied, others=(old_key,))
+            return self._join(adopting)
 
         def follow(opening: Opening, drawn: _Drawn) -> Command[str]:
-            return self._take(source, opening, drawn, taken, joining.replicas)
+            return self._take(source, opening, drawn, taken)
 
         def read(answer: bytes) -> Command[str]:
             opening, limit = _opening(answer), joining.limit
@@ -366,7 +358,6 @@ class Subjects:
         opening: Opening,
         drawn: _Drawn,
         taken: Callable[[_Drawn], str | Command[str]],
-        replicas: int,
     ) -> Command[str]:
         keys = (self._keyspace.session_key(drawn.session_id),)
 
@@ -378,21 +369,14 @@ class Subjects:
             if _same(fields, opening.fields) or _same((*fields, *_PENDING), opening.fields):
                 return taken(drawn)
             args = (drawn.fingerprint, *fields)
-            return Command(
-                scripts.IMPORT,
-                keys,
-                args,
-                lambda _: taken(drawn),
-                source.session_id,
-                replicas=replicas,
-            )
+            return Command(scripts.IMPORT, keys, args, lambda _: taken(drawn), source.session_id)
 
         def recover(_: Command[str], error: Exception) -> Command[str] | None:
             if isinstance(error, SessionNotFoundError):
                 return Command(scripts.END, keys, (drawn.fingerprint,), gone, source.session_id)
             return None
 
-        return self._export(source, b"1", read)._replace(recover=recover, replicas=replicas)
+        return self._export(source, b"1", read)._replace(recover=recover)
 
     def _export(
         self, source: Source, take: bytes, read: Callable[[bytes], str | Command[str]]

@@ -180,7 +180,7 @@ def connection_of(pool: ConnectionPool, timeout: float) -> Any:
 
     It is none of the pool's. `timeout` limits each of its steps, as the client's own timeouts do.
     """
-    options = {**pool.connection_kwargs, "retry": Retry(NoBackoff(), 0), "retry_on_timeout": False}
+    options = {**pool.connection_kwargs, "retry": Retry(NoBackoff(), 0)}
     # A cluster client would have it read from replicas.
     options.pop("redis_connect_func", None)
     connection = _timed(pool.connection_class)(**options)
