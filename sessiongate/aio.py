@@ -28,7 +28,7 @@ from .keyspace import Keyspace, system_random
 from .lane import Batch, Lane, OneLoop, Waiting, Watch
 from .routes import AsyncRoutes, Journey
 from .subjects import Overflow
-from .timed import FOREVER
+from .timed import FOREVER, within_async
 from .tokens import SignKey, SignKeyRing
 
 R = TypeVar("R")
@@ -374,14 +374,11 @@ class _Pooled:
 
     async def ask(self, command: AnyCommand, due: float, *, asking: bool = False) -> Answer:
         loop = self._loop.check()
-        limit = None if due == FOREVER else min(due, loop.time() + self._a_try)
+        limit = min(due, loop.time() + self._a_try)
         try:
-            async with asyncio.timeout_at(limit):
-                connection = await self._pool.get_connection()
+            connection = await within_async(limit, self._pool.get_connection(), self._pool.release)
         except RedisError as error:
             return NotRun(error)
-        except TimeoutError:
-            return NotRun(RedisTimeoutError("Timeout connecting to server"))
         except OSError as error:
             # What redis-py lets through: of TLS, of a name that cannot be looked up.
             return NotRun(RedisConnectionError(f"{type(error).__name__} while connecting"))
@@ -392,17 +389,22 @@ class _Pooled:
             raise
         waiting = Waiting(command, loop.create_future(), due, asking)
         batch = Batch([waiting], fresh=False)
-        if command.replicas and limit is not None:
+        own = connection.socket_timeout
+        if command.replicas:
             limit = due  # they may take all of the time
+        elif own is not None:
+            limit = min(limit, loop.time() + own)
+        # Kept here, and not by redis-py as well: see `within_async`.
+        connection.socket_timeout = None
         try:
-            async with asyncio.timeout_at(limit):
-                # Its own timeout, as it is the pool's.
+            async with asyncio.timeout_at(None if limit == FOREVER else limit):
                 await batch.exchange(connection, Watch(FOREVER))
         except RedisError as error:
             batch.fail(error)
         except TimeoutError:
             batch.fail(RedisTimeoutError("Timeout waiting for the reply of Redis"))
         finally:
+            connection.socket_timeout = own
             try:
                 if not batch.sound:
                     await connection.disconnect(nowait=True)

@@ -20,7 +20,7 @@ from .call import lost, refuses
 from .command import PROBE, Answer, AnyCommand, NotRun, Written, mark_of
 from .errors import EventLoopError, GateClosedError
 from .routes import ASKING, REDIRECTIONS
-from .timed import FOREVER
+from .timed import FOREVER, within_async
 from .wire import UNREADABLE, misplaced, new_echo, new_echoes, pack, unpack, wait_for
 
 if TYPE_CHECKING:
@@ -339,13 +339,8 @@ class Lane:
         self._room = asyncio.Semaphore(max_waiting)
         self._waiting: OrderedDict[asyncio.Future[Answer], Waiting] = OrderedDict()
         self._loop = OneLoop()
-        self._connection: AbstractConnection = pool.make_connection()
-        # What is sent again is decided elsewhere, and so is for how long to connect.
-        self._connection.retry = Retry(NoBackoff(), 0)
-        # Until redis-py 8 the check had another name.
-        self._has_unread: Callable[[], Awaitable[bool]] = getattr(
-            self._connection, "can_read", self._connection.can_read_destructive
-        )
+        self._pool = pool
+        self._connection, self._has_unread = self._new_connection()
         self._timeout: float | None = self._connection.socket_timeout
         self._a_try = a_try
         self._watch = Watch(min(a_try, FOREVER if self._timeout is None else self._timeout))
@@ -501,19 +496,27 @@ class Lane:
         return False
 
     async def _connect(self) -> None:
-        self._connection.socket_timeout = self._timeout
         due = min(waiting.due for waiting in self._waiting.values())
         due = min(due, asyncio.get_running_loop().time() + self._a_try)
+        connection = self._connection
+        connection.socket_timeout = self._timeout
         try:
-            async with asyncio.timeout_at(None if due == FOREVER else due):
-                await self._connection.connect()
-        except TimeoutError:
-            await self._connection.disconnect(nowait=True)
-            raise redis_errors.TimeoutError("Timeout connecting to server") from None
+            await within_async(
+                due, connection.connect(), lambda _: connection.disconnect(nowait=True)
+            )
         except BaseException:
-            # redis-py leaves a handshake that failed otherwise than by an error of its own as it
-            # is: connected, perhaps to the wrong database.
-            await self._connection.disconnect(nowait=True)
+            # It may be connecting still, or connected to the wrong database: redis-py leaves a
+            # handshake that failed otherwise than by an error of its own as it is.
+            self._connection, self._has_unread = self._new_connection()
+            await connection.disconnect(nowait=True)
             raise
         # From here on a batch keeps the time, once for all of its replies.
-        self._connection.socket_timeout = None
+        connection.socket_timeout = None
+
+    def _new_connection(self) -> "tuple[AbstractConnection, Callable[[], Awaitable[bool]]]":
+        connection: AbstractConnection = self._pool.make_connection()
+        # What is sent again is decided elsewhere, and so is for how long to connect.
+        connection.retry = Retry(NoBackoff(), 0)
+        # Until redis-py 8 the check for what is unread had another name.
+        check = getattr(connection, "can_read", connection.can_read_destructive)
+        return connection, check

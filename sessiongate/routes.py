@@ -7,11 +7,13 @@ read. Commands for the other servers do not wait for that.
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from copy import copy
-from threading import TIMEOUT_MAX, Lock
+from inspect import signature
+from threading import TIMEOUT_MAX, Event, Lock, Thread
 from time import monotonic
+from typing import Any
 
 from redis import RedisCluster
 from redis import exceptions as redis_errors
@@ -37,6 +39,10 @@ _PAUSE = 0.05
 
 # Reading the topology takes some milliseconds, and in an outage every command may ask for it.
 _REST = 0.1
+# Seconds that a command waits for the topology before it makes do with what is known. A server that
+# stands still may hold up the reading for as long as the client's timeouts.
+_PATIENCE = 1.0
+_TAKES_FAILED = "last_failed_node_name"  # from redis-py 8.1 on
 
 _FAULTS = (
     redis_errors.ClusterDownError,
@@ -45,6 +51,7 @@ _FAULTS = (
     redis_errors.ReadOnlyError,
     redis_errors.TimeoutError,
 )
+_SILENCE = (redis_errors.ConnectionError, redis_errors.TimeoutError)
 # ConnectionErrors that say nothing of the server.
 _NO_FAULTS = (redis_errors.AuthenticationError, redis_errors.MaxConnectionsError)
 # redis-py's errors, and what it comes to if its own connection has lost its place, so that it takes
@@ -104,14 +111,18 @@ class Journey:
 
 
 class _Doubts:
-    """The servers that are doubted, by name, and whether it is time to do something about it."""
+    """The servers that are doubted, by name, and whether it is time to do something about it.
 
-    __slots__ = ("_due", "_names", "_since")
+    `silent` is the last one that could not be reached, or did not answer.
+    """
+
+    __slots__ = ("_due", "_names", "_since", "silent")
 
     def __init__(self) -> None:
         self._names: set[str] = set()
         self._since: set[str] = set()  # those doubted since the last reading began
         self._due = 0.0
+        self.silent = ""
 
     def heard(self, name: str, answer: Answer) -> None:
         """Take note of what the server of that name answered."""
@@ -120,10 +131,21 @@ class _Doubts:
         if isinstance(answer, _FAULTS) and not isinstance(answer, _NO_FAULTS):
             self._names.add(name)
             self._since.add(name)
+            if isinstance(answer, _SILENCE):
+                self.silent = name
+        elif name == self.silent:
+            self.silent = ""
 
     def due(self, name: str | None) -> bool:
         """Whether to read the topology before a command for that server; None if there is none."""
         return (name is None or name in self._names) and monotonic() >= self._due
+
+    def matter(self, name: str | None) -> bool:
+        """Whether a command for that server has to wait for the reading.
+
+        One that only sent a command away goes on serving, and tells where else to ask.
+        """
+        return name is None or name == self.silent
 
     def begin(self) -> None:
         """The topology is being read."""
@@ -134,6 +156,14 @@ class _Doubts:
         if read:
             self._names = self._since
         self._due = monotonic() + _REST
+
+    def reading(self, manager: Any) -> Any:
+        """Begin to read the topology, asking the silent server last: the thing to await, if any."""
+        if _TAKES_FAILED in signature(manager.initialize).parameters:
+            return manager.initialize(**{_TAKES_FAILED: self.silent or None})
+        if silent := manager.startup_nodes.pop(self.silent, None):
+            manager.startup_nodes[self.silent] = silent
+        return manager.initialize()
 
 
 class Routes:
@@ -154,6 +184,8 @@ class Routes:
             self._make = client
         self._doubts = _Doubts()
         self._lock = Lock()
+        self._making = Lock()
+        self._reading: Event | None = None
         self._pid = os.getpid()
         self.turn = 0
 
@@ -198,7 +230,11 @@ class Routes:
 
     def _made(self, due: float) -> RedisCluster:
         made: list[RedisCluster] = []
-        with self._alone(due):
+        self._mind_forks()
+        lock = self._making
+        if not lock.acquire(timeout=min(max(due - monotonic(), 0), TIMEOUT_MAX)):
+            raise _too_slow()
+        try:
             make = self._make
             if self._client is None and make is not None:
                 try:
@@ -206,37 +242,52 @@ class Routes:
                 except redis_errors.RedisClusterException as error:
                     raise _unreachable(error) from error
                 (self._client,) = made
-            if self._client is None:
-                raise _not_covered()
-            return self._client
-
-    def _read(self, client: RedisCluster, name: str | None, due: float) -> None:
-        with self._alone(due):
-            if not self._doubts.due(name):
-                return  # another thread has read it meanwhile
-            self._doubts.begin()
-            read = False
-            try:
-                # What is known may still serve if this fails; if not, its own error says more.
-                with suppress(*_UNREADABLE):
-                    within(due, client.nodes_manager.initialize, _nothing)
-                    read = True
-            finally:
-                self._doubts.end(read=read)
-                self.turn += read
-
-    @contextmanager
-    def _alone(self, due: float) -> Iterator[None]:
-        if self._pid != os.getpid():
-            # Another thread may have held it when this process was forked.
-            self._lock, self._pid = Lock(), os.getpid()
-        lock = self._lock
-        if not lock.acquire(timeout=min(max(due - monotonic(), 0), TIMEOUT_MAX)):
-            raise redis_errors.TimeoutError("Timeout reading the topology of the cluster")
-        try:
-            yield
         finally:
             lock.release()
+        if self._client is None:
+            raise _not_covered()
+        return self._client
+
+    def _read(self, client: RedisCluster, name: str | None, due: float) -> None:
+        """Have the topology read, and wait for that if it matters, though not for long."""
+        self._mind_forks()
+        with self._lock:
+            if self._reading is None and self._doubts.due(name):
+                self._reading = Event()
+                thread = Thread(
+                    target=self._read_now,
+                    args=(client, self._reading),
+                    name="sessiongate-topology",
+                    daemon=True,
+                )
+                try:
+                    thread.start()
+                except RuntimeError:
+                    # None is left, or the interpreter is about to end: what is known has to do.
+                    self._reading = None
+            reading = self._reading
+        if reading is not None and self._doubts.matter(name):
+            reading.wait(max(min(due - monotonic(), _PATIENCE), 0))
+
+    def _read_now(self, client: RedisCluster, reading: Event) -> None:
+        self._doubts.begin()
+        read = False
+        try:
+            # What is known may still serve if this fails; if not, its own error says more.
+            with suppress(*_UNREADABLE):
+                self._doubts.reading(client.nodes_manager)
+                read = True
+        finally:
+            self._doubts.end(read=read)
+            self.turn += read
+            self._reading = None
+            reading.set()
+
+    def _mind_forks(self) -> None:
+        if self._pid != os.getpid():
+            # Other threads may have held them when this process was forked, and are no more.
+            self._lock, self._making, self._reading = Lock(), Lock(), None
+            self._pid = os.getpid()
 
 
 def _known(client: RedisCluster, command: AnyCommand) -> ClusterNode | None:
@@ -254,10 +305,6 @@ def _named(client: RedisCluster, host: str, port: int) -> ClusterNode:
     # reading takes over its connections.
     node = client.get_node(host, port) or ClusterNode(host, port, "primary")
     return manager.nodes_cache.setdefault(node.name, node)
-
-
-def _nothing() -> None:
-    """What is read late is right all the same."""
 
 
 class AsyncRoutes:
@@ -281,12 +328,18 @@ class AsyncRoutes:
             redis.exceptions.TimeoutError: to find out takes too long.
         """
         if not self._ready:
-            await self._wait_for_reading(due)
+            await self._wait_for_reading(due - asyncio.get_running_loop().time())
+            if not self._ready:
+                raise _too_slow()
         if journey.address:
             return self._named(*journey.address)
         node = self._known(command)
-        if self._doubts.due(node.name if node else None):
-            await self._wait_for_reading(due)
+        name = node.name if node else None
+        if self._doubts.due(name):
+            self._begin_reading()
+            if self._doubts.matter(name):
+                left = due - asyncio.get_running_loop().time()
+                await self._wait_for_reading(min(left, _PATIENCE))
             node = self._known(command)
         if node is None:
             raise _not_covered()
@@ -319,16 +372,17 @@ class AsyncRoutes:
             host, port, "primary", **self._client.nodes_manager.connection_kwargs
         )
 
-    async def _wait_for_reading(self, due: float) -> None:
+    def _begin_reading(self) -> asyncio.Task[redis_errors.ConnectionError | None]:
         if self._reading is None:
             self._reading = asyncio.create_task(self._read(), name="sessiongate-topology")
-        reading = self._reading
+        return self._reading
+
+    async def _wait_for_reading(self, seconds: float) -> None:
+        reading = self._begin_reading()
         # A caller that is cancelled or late does not interrupt it: others wait as well.
-        timeout = max(due - asyncio.get_running_loop().time(), 0)
-        done, _ = await asyncio.wait([reading], timeout=None if due == FOREVER else timeout)
-        if not done:
-            raise redis_errors.TimeoutError("Timeout reading the topology of the cluster")
-        if not self._ready:
+        limit = None if seconds == FOREVER else max(seconds, 0)
+        await asyncio.wait([reading], timeout=limit)
+        if reading.done() and not self._ready:
             error = None if reading.cancelled() else reading.result()
             raise copy(error) if error else _not_covered()
 
@@ -352,7 +406,7 @@ class AsyncRoutes:
         try:
             # As above.
             with suppress(*_UNREADABLE):
-                await self._client.nodes_manager.initialize()
+                await self._doubts.reading(self._client.nodes_manager)
                 read = True
                 self.turn += 1
         finally:
@@ -364,6 +418,10 @@ def _unreachable(error: Exception) -> redis_errors.ConnectionError:
     if isinstance(error.__cause__, redis_errors.AuthenticationError):
         return copy(error.__cause__)
     return redis_errors.ConnectionError(f"{error}")
+
+
+def _too_slow() -> redis_errors.TimeoutError:
+    return redis_errors.TimeoutError("Timeout reading the topology of the cluster")
 
 
 def _not_covered() -> redis_errors.ClusterDownError:

@@ -4,18 +4,21 @@ redis-py's timeouts count anew with each address that it tries, each step of a h
 piece of a reply. Here all of it together is over when it is due.
 """
 
+import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import copy_context
 from functools import cache
 from threading import Event, Lock, Thread
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from redis import exceptions as redis_errors
 from redis.backoff import NoBackoff
 from redis.connection import Connection, ConnectionPool
 from redis.retry import Retry
+
+T = TypeVar("T")
 
 FOREVER = float("inf")
 
@@ -24,6 +27,7 @@ _TRIFLE = 0.01
 # What is bigger may take several turns to send, and then the reply has less time left.
 _BIG = 16 * 1024
 _AT_ONCE = 0.000_1  # seconds; 0 would mean not to wait for a socket at all
+_AGAIN = 0.05  # seconds between two cancellations of what does not end
 
 
 def within(due: float, work: Callable[[], object], undo: Callable[[], object]) -> None:
@@ -74,6 +78,42 @@ def within(due: float, work: Callable[[], object], undo: Callable[[], object]) -
             raise error
         finally:
             del error  # it refers to this frame: the two would keep each other
+
+
+_late: set[asyncio.Task[Any]] = set()
+
+
+async def within_async(
+    due: float, work: Coroutine[Any, Any, T], undo: Callable[[T], Awaitable[object]]
+) -> T:
+    """The same under asyncio: what is late, or whose caller is cancelled, is cancelled.
+
+    Until it ends: before Python 3.12 redis-py's handshake may swallow one cancellation, in
+    asyncio.wait_for, and would go on to wait for the server.
+
+    Raises:
+        redis.exceptions.TimeoutError: it was not done in time.
+    """
+    task = asyncio.create_task(work, name="sessiongate-connect")
+    try:
+        left = max(due - asyncio.get_running_loop().time(), 0)
+        await asyncio.wait([task], timeout=None if due == FOREVER else left)
+    finally:
+        if not task.done():
+            ending = asyncio.create_task(_end(task, undo), name="sessiongate-connect")
+            _late.add(ending)
+            ending.add_done_callback(_late.discard)
+    if not task.done():
+        raise redis_errors.TimeoutError("Timeout connecting to server")
+    return task.result()
+
+
+async def _end(task: asyncio.Task[T], undo: Callable[[T], Awaitable[object]]) -> None:
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=_AGAIN)
+    if not task.cancelled() and task.exception() is None:
+        await undo(task.result())
 
 
 class _Socket:
