@@ -25,7 +25,7 @@ if not own or #own > 32 or #fingerprint ~= 16 or string.find(own, fingerprint, 1
     if ends > now + left + 10 then
       -- A full server refuses no write but a script's first: let that be one that it would refuse.
       local kept = grows and redis.pcall('HSET', session, 'fp', own) or 0
-      if kept == 1 then redis.call('DEL', session) end -- it had just evicted the session
+      if kept == 1 then redis.call('UNLINK', session) end -- it had just evicted the session
       local used = kept
       if kept == 0 then used = redis.pcall('PEXPIREAT', session, string.format('%.0f', ends)) end
       if used == 0 or kept == 1 then return redis.error_reply('NOSESSION ' .. echo) end

@@ -72,7 +72,7 @@ if fingerprint ~= '' then
       if ends > now + left + 10 then
         -- A full server refuses no write but a script's first: let that be one that it would refuse.
         local kept = grows and redis.pcall('HSET', session, 'fp', own) or 0
-        if kept == 1 then redis.call('DEL', session) end -- it had just evicted the session
+        if kept == 1 then redis.call('UNLINK', session) end -- it had just evicted the session
         local used = kept
         if kept == 0 then used = redis.pcall('PEXPIREAT', session, string.format('%.0f', ends)) end
         if used == 0 or kept == 1 then return redis.error_reply('NOSESSION ' .. echo) end
@@ -166,7 +166,7 @@ if not session then
   local expires = redis.pcall('PEXPIREAT', new, string.format('%.0f', first))
   if expires ~= 1 then
     redis.call('ZREM', index, entry)
-    if redis.pcall('DEL', new) ~= 1 then
+    if redis.pcall('UNLINK', new) ~= 1 then
       redis.pcall('HDEL', new, 'fp', 'sub', 'gen')
       for i = fields, #ARGV - 1, 2 do redis.pcall('HDEL', new, ARGV[i]) end
     end

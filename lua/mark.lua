@@ -18,6 +18,6 @@ if left >= 0 then
 elseif left == -2 then
   local written = redis.pcall('HSET', key, 'mark', '')
   if written ~= 1 then return redis.error_reply(written.err .. ' ' .. echo) end
-  redis.call('DEL', key)
+  redis.call('UNLINK', key)
 end
 return echo

@@ -45,7 +45,7 @@ if not own or #own > 32 or #fingerprint ~= 16 or string.find(own, fingerprint, 1
     if ends > now + left + 10 then
       -- A full server refuses no write but a script's first: let that be one that it would refuse.
       local kept = grows and redis.pcall('HSET', session, 'fp', own) or 0
-      if kept == 1 then redis.call('DEL', session) end -- it had just evicted the session
+      if kept == 1 then redis.call('UNLINK', session) end -- it had just evicted the session
       local used = kept
       if kept == 0 then used = redis.pcall('PEXPIREAT', session, string.format('%.0f', ends)) end
       if used == 0 or kept == 1 then return redis.error_reply('NOSESSION ' .. echo) end
@@ -77,7 +77,7 @@ if written ~= 0 and written ~= 1 then return redis.error_reply(written.err .. ' 
 -- Redis before 6 evicts inside a script, before its first write: if it took this very session, what
 -- stands there now is a payload alone, without an end.
 if redis.call('HEXISTS', session, 'fp') == 0 then
-  redis.call('DEL', session)
+  redis.call('UNLINK', session)
   return redis.error_reply('NOSESSION ' .. echo)
 end
 redis.call('HDEL', session, other)

@@ -47,7 +47,7 @@ for i = 5, #ARGV - 1, 2 do redis.call('HSET', session, ARGV[i], ARGV[i + 1]) end
 -- Last: if this end has come by now, nothing may be written after it.
 local expires = redis.pcall('PEXPIREAT', session, string.format('%.0f', ends))
 if expires == 1 then return echo end
-if redis.pcall('DEL', session) ~= 1 then
+if redis.pcall('UNLINK', session) ~= 1 then
   redis.pcall('HDEL', session, 'fp')
   for i = 5, #ARGV - 1, 2 do redis.pcall('HDEL', session, ARGV[i]) end
 end

@@ -11,6 +11,7 @@ from redis.asyncio.client import Pipeline
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import ConnectionPool
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
@@ -319,7 +320,11 @@ class AsyncSessionGate:
         if self._owns_client:
             await self._client.aclose()
             if isinstance(self._client, Redis):
-                await self._client.connection_pool.disconnect()
+                pool = self._client.connection_pool
+                await pool.disconnect()
+                if isinstance(pool, SentinelConnectionPool):
+                    for sentinel in pool.sentinel_manager.sentinels:
+                        await sentinel.aclose()
 
     async def __aenter__(self) -> Self:
         if self._closed:

@@ -84,6 +84,12 @@ class Command(NamedTuple, Generic[R]):
         # Arguments are fingerprints and payloads: not for logs.
         return f"<Command {self.script.name}>"
 
+    def judge(self, answer: Answer) -> Answer:
+        """The answer; a refusal that tells of what was to be brought about is none."""
+        if self.absence_is_done and isinstance(answer, Refusal) and answer.code == "NOSESSION":
+            return b""
+        return answer
+
     def result(self, answer: bytes | Refusal | Exception) -> "R | Command[R]":
         """The decoded answer, or the error that stands for it, raised."""
         if isinstance(answer, bytes):
@@ -94,8 +100,6 @@ class Command(NamedTuple, Generic[R]):
             finally:
                 del answer  # the error refers to this frame: the two would keep each other
         match answer.code:
-            case "NOSESSION" if self.absence_is_done:
-                return self.decode(b"")
             case "NOSESSION":
                 raise SessionNotFoundError(self.session_id)
             case "NOPAYLOAD":

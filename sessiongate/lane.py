@@ -106,6 +106,7 @@ class Batch:
                 continue
             self._asked = False
             answer, proven = unpack(reply, self._echoes[self._answered])
+            answer = member.command.judge(answer)
             self._answered += 1
             if not proven and isinstance(answer, ResponseError):
                 # The server's own errors have no echo: is the last reply the last request's?

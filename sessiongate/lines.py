@@ -180,6 +180,7 @@ def _ask(
 ) -> tuple[Answer, bool]:
     """The answer to a command, and whether the connection may be used again."""
     answer, proven = _round_trip(connection, command, asking=asking)
+    answer = command.judge(answer)
     if type(answer) is bytes:
         if command.replicas:
             return _await_replicas(connection, command, answer, due)

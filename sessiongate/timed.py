@@ -95,17 +95,18 @@ async def within_async(
         redis.exceptions.TimeoutError: it was not done in time.
     """
     task = asyncio.create_task(work, name="sessiongate-connect")
+    left = max(due - asyncio.get_running_loop().time(), 0)
     try:
-        left = max(due - asyncio.get_running_loop().time(), 0)
         await asyncio.wait([task], timeout=None if due == FOREVER else left)
-    finally:
-        if not task.done():
-            ending = asyncio.create_task(_end(task, undo), name="sessiongate-connect")
-            _late.add(ending)
-            ending.add_done_callback(_late.discard)
-    if not task.done():
-        raise redis_errors.TimeoutError("Timeout connecting to server")
-    return task.result()
+    except asyncio.CancelledError:
+        await _end(task, undo)
+        raise
+    if task.done():
+        return task.result()
+    ending = asyncio.create_task(_end(task, undo), name="sessiongate-connect")
+    _late.add(ending)
+    ending.add_done_callback(_late.discard)
+    raise redis_errors.TimeoutError("Timeout connecting to server")
 
 
 async def _end(task: asyncio.Task[T], undo: Callable[[T], Awaitable[object]]) -> None:

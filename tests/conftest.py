@@ -2,9 +2,10 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Self, cast
+from urllib.parse import urlsplit
 
 import pytest
 from fakeredis import FakeAsyncRedis, FakeRedis, FakeServer
@@ -15,6 +16,7 @@ from redis.backoff import NoBackoff
 
 from sessiongate import AsyncSessionGate, SessionGate
 
+from . import privileges
 from .servers import NO_RETRY, Cluster, Server, server_binaries
 
 SIGN_KEY = "a sign key of the tests, 32 bytes and more"
@@ -30,11 +32,22 @@ _running: dict[str, Server | Cluster] = {}
 # What the clusters are made of: Redis 7 if there is one, else the newest.
 CLUSTERED = max(_BINARIES, key=lambda name: ("redis-7" in name, _version(name)), default="")
 
+# Options of a client, and of a gate, that take more than docs/security.md gives to every gate.
+_TAKE_MORE = {"client_name", "db", "health_check_interval", "load_balancing_strategy", "prefix"}
+# With an encoding such as UTF-16, redis-py does not understand that its login succeeded.
+_LOGS_IN_ITSELF = {"credential_provider", "encoding", "password", "username"}
+
 POOLED = "async-pooled"
 FLAVOURS = ["sync", "async", POOLED]
 
 AnyClient = Redis | redis_asyncio.Redis | RedisCluster | redis_asyncio.RedisCluster
 Key = str | bytes | list[str | bytes]
+
+
+def _has_users(name: str) -> bool:
+    """Whether a server that tests go under that name has users: memory has none."""
+    binary = _BINARIES.get(CLUSTERED if name == "cluster" else name)
+    return binary is not None and privileges.has_users(binary)
 
 
 @cache
@@ -82,10 +95,14 @@ class Flavour:
     """Gates of one kind, and clients for them; an asynchronous gate has blocking methods here.
 
     So one test states a behaviour for both.
+
+    Clients log in as the user that docs/security.md gives to gates, unless `logs_in` is off: where
+    servers have no users.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.logs_in = _has_users(CLUSTERED)
         self.is_async = name != "sync"
         self._auto_pipeline = name != POOLED
         self.no_retry = AsyncRetry(NoBackoff(), 0) if self.is_async else NO_RETRY
@@ -95,11 +112,16 @@ class Flavour:
     def client(self, port: int, **options: object) -> AnyClient:
         """A client as an application has it, with options of redis-py."""
         kind = redis_asyncio.Redis if self.is_async else Redis
-        client = kind(port=port, **{"protocol": 2, **options})  # type: ignore[arg-type]  # options are redis-py's own
-        self._close.append(
-            client.aclose if isinstance(client, redis_asyncio.Redis) else client.close
-        )
+        client = kind(port=port, **{"protocol": 2, **self.login(options), **options})  # type: ignore[arg-type]  # options are redis-py's own
+        self.closes(client)
         return client
+
+    def closes(self, client: AnyClient) -> None:
+        """Close that client in the end, after the gates that come later."""
+        if isinstance(client, Redis | RedisCluster):
+            self._close.append(client.close)
+        else:
+            self._close.append(client.aclose)
 
     def cluster_client(self, cluster: Cluster, **options: object) -> AnyClient:
         """A cluster client as an application has it, with options of redis-py."""
@@ -107,9 +129,9 @@ class Flavour:
         client: RedisCluster | redis_asyncio.RedisCluster = kind(
             host="127.0.0.1",
             port=cluster.port,
-            **{"protocol": 2, **options},  # type: ignore[arg-type]  # likewise
+            **{"protocol": 2, **self.login(options), **options},  # type: ignore[arg-type]  # likewise
         )
-        self._close.append(client.close if isinstance(client, RedisCluster) else client.aclose)
+        self.closes(client)
         return client
 
     def memory(self, server: FakeServer, **options: object) -> AnyClient:
@@ -127,12 +149,30 @@ class Flavour:
 
     def gate_from_url(self, url: str, **options: object) -> SessionGate:
         """A gate on a client of its own."""
+        url = self._with_login(url)
         if self.is_async:
             options.setdefault("auto_pipeline", self._auto_pipeline)
             return self._blocking(AsyncSessionGate.from_url(url, sign_key=SIGN_KEY, **options))  # type: ignore[arg-type]  # likewise
         gate = SessionGate.from_url(url, sign_key=SIGN_KEY, **options)  # type: ignore[arg-type]  # likewise
         self._close.append(gate.close)
         return gate
+
+    def login(self, options: Mapping[str, object]) -> dict[str, str]:
+        """Options that log a client in, unless it does so itself or cannot."""
+        if not self.logs_in or _LOGS_IN_ITSELF & options.keys():
+            return {}
+        user = privileges.MORE if _TAKE_MORE & options.keys() else privileges.USER
+        return {"username": user, "password": privileges.PASSWORD}
+
+    def _with_login(self, url: str) -> str:
+        parts = urlsplit(url)
+        if not self.logs_in or parts.scheme == "memory" or "@" in parts.netloc:
+            return url
+        in_another_database = "db=" in parts.query or (
+            parts.scheme != "unix" and parts.path.rpartition("/")[2] not in ("", "0")
+        )
+        user = privileges.MORE if in_another_database else privileges.USER
+        return url.replace("://", f"://{user}:{privileges.PASSWORD}@", 1)
 
     def _blocking(self, gate: AsyncSessionGate) -> SessionGate:
         self._close.append(gate.aclose)
@@ -195,6 +235,8 @@ class Backend:
         self.server = server
         self.cluster = cluster
         self.flavour = flavour
+        if server is not None:
+            flavour.logs_in = privileges.has_users(server.binary)
         self._memory = FakeServer()
 
     def client(self) -> Redis:
@@ -215,13 +257,18 @@ class Backend:
 
     def gate(self, sign_key: Key = SIGN_KEY, **options: object) -> SessionGate:
         """A gate on a client of its own."""
-        return self.flavour.gate(self.gates_client(), sign_key, **options)
+        on_real_one = self.server is not None
+        login = self.flavour.login(options) if on_real_one else {}
+        return self.flavour.gate(self.gates_client(**login), sign_key, **options)
 
 
 @pytest.fixture(params=FLAVOURS)
 def flavour(request: pytest.FixtureRequest) -> Iterator[Flavour]:
     """Both kinds of gate, the asynchronous one with its pipeline and without."""
     flavour = Flavour(request.param)
+    # Of whatever fixture it is a parameter, a test meets servers of one kind.
+    met = [value for value in request.node.callspec.params.values() if isinstance(value, str)]
+    flavour.logs_in = _has_users(next((name for name in met if name in _BINARIES), CLUSTERED))
     yield flavour
     flavour.close()
 

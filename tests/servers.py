@@ -20,6 +20,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ReadOnlyError, RedisError
 from redis.retry import Retry
 
+from . import privileges
+
 NO_RETRY = Retry(NoBackoff(), 0)
 _SLOTS = 16_384
 _PRIMARIES = 3
@@ -66,7 +68,8 @@ class Server:
         port: "Callable[[], int] | None" = None,
     ) -> None:
         self.binary = binary
-        self._options = tuple(options)
+        users = privileges.options(binary, cluster="--cluster-enabled" in options)
+        self._options = (*users, *options)
         self._new_port = port or free_port
         self.folder = Path(tempfile.mkdtemp(prefix="sg-"))
         self.socket = self.folder / "s"
@@ -168,14 +171,15 @@ def _free_port_of_two() -> int:
 class Cluster:
     """Servers as a cluster: three primaries, and perhaps replicas, each of one of them.
 
-    `servers` holds the primaries and then the replicas, in the same order.
+    `servers` holds the primaries and then the replicas, in the same order. A primary that is not
+    heard of for `node_timeout_ms` is given up by the others, and its replica takes over.
     """
 
-    def __init__(self, binary: Path, replicas: int = 0) -> None:
+    def __init__(self, binary: Path, replicas: int = 0, node_timeout_ms: int = 10_000) -> None:
         self.servers: list[Server] = []
         self._clients: list[Redis] = []
         options = (
-            *("--cluster-enabled", "yes", "--cluster-node-timeout", "10000"),
+            *("--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_ms)),
             *("--repl-diskless-sync-delay", "0"),
         )
         try:
@@ -221,8 +225,17 @@ class Cluster:
             if client.info("replication").get("master_port") == server.port
         )
 
+    def client_of(self, server: Server) -> Redis:
+        """The cluster's own client of a server."""
+        return self._clients[self.servers.index(server)]
+
     def id_of(self, server: Server) -> str:
-        return _node_id(self._clients[self.servers.index(server)])
+        return _node_id(self.client_of(server))
+
+    def set_node_timeout(self, milliseconds: int) -> None:
+        """Change it on all servers, until they are started anew."""
+        for client in self._clients:
+            client.config_set("cluster-node-timeout", milliseconds)
 
     def wait_for(self, slot: int, server: Server) -> None:
         """Wait until all servers know that this one serves a slot."""

@@ -419,7 +419,7 @@ def test_a_start_that_cannot_set_an_end_leaves_nothing(
     client = own_server.client()
     try:
         client.execute_command(
-            "ACL", "SETUSER", "u", "on", ">p", "~*", "+@all", "-pexpireat", "-del"
+            "ACL", "SETUSER", "u", "on", ">p", "~*", "+@all", "-pexpireat", "-unlink"
         )
     except ResponseError:
         pytest.skip("Redis has users from version 6 on")
