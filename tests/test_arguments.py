@@ -2,6 +2,7 @@
 
 import array
 import enum
+import math
 import pickle
 import warnings
 from collections import Counter
@@ -40,9 +41,10 @@ from sessiongate import (
 )
 from sessiongate.arguments import data_arg, field_arg, payloads_arg, ttl_arg
 from sessiongate.connect import async_client_from_url, client_from_url
-from sessiongate.lines import Lines
 from sessiongate.keyspace import Keyspace
+from sessiongate.lines import Lines
 
+from .conftest import Flavour
 from .servers import NO_RETRY
 
 KEY = "k" * 32
@@ -512,3 +514,40 @@ def test_errors_survive_pickling(error: SessionGateError) -> None:
     """An error can be sent between processes, attributes included."""
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
+
+
+@pytest.mark.parametrize(
+    "timeout", [0, -1, 1e10, math.inf, math.nan, True, "2", timedelta(seconds=1)]
+)
+def test_a_timeout_that_is_none(flavour: Flavour, timeout: object) -> None:
+    """A timeout is a number of seconds above 0, or None."""
+    with pytest.raises(ConfigurationError, match="timeout is"):
+        flavour.gate_from_url("memory://", timeout=timeout)
+
+
+@pytest.mark.parametrize("timeout", [None, 1, 0.5])
+def test_a_timeout(flavour: Flavour, timeout: float | None) -> None:
+    """Whole seconds, parts of them, or none at all."""
+    gate = flavour.gate_from_url("memory://", timeout=timeout)
+    assert gate.pget(gate.start(300, {"user": "x"}), "user") == b"x"
+
+
+@pytest.mark.parametrize("count", [-1, 1001, True, 1.0, "1"])
+def test_a_number_of_replicas_that_is_none(flavour: Flavour, count: object) -> None:
+    """How many replicas is a whole number of 0 to 1000, on the gate and in each call."""
+    with pytest.raises(ConfigurationError, match="min_replicas is"):
+        flavour.gate_from_url("memory://", min_replicas=count)
+    gate = flavour.gate_from_url("memory://")
+    token = gate.start(300, min_replicas=0)
+    calls: list[Callable[..., object]] = [
+        lambda **options: gate.start(300, **options),
+        lambda **options: gate.renew(token, **options),
+        lambda **options: gate.renew(token, subject="alice", **options),
+        lambda **options: gate.expire(token, 300, **options),
+        lambda **options: gate.end_all("alice", **options),
+        lambda **options: gate.end(token, **options),
+    ]
+    for call in calls:
+        with pytest.raises(ArgumentError, match="min_replicas is"):
+            call(min_replicas=count)
+    assert gate.info(token).generation == 0
