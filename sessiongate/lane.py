@@ -21,7 +21,16 @@ from .command import PROBE, Answer, AnyCommand, NotRun, Written, mark_of
 from .errors import EventLoopError, GateClosedError
 from .routes import ASKING, REDIRECTIONS
 from .timed import FOREVER, within_async
-from .wire import UNREADABLE, misplaced, new_echo, new_echoes, pack, unpack, wait_for
+from .wire import (
+    UNREADABLE,
+    may_be_garbled,
+    misplaced,
+    new_echo,
+    new_echoes,
+    pack,
+    unpack,
+    wait_for,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -77,7 +86,7 @@ class Batch:
         self._waited_for: list[tuple[Waiting, bytes]] = []  # replicas have to have what they wrote
         self._members = members
         self._echoes = new_echoes(len(members))
-        self._unsure: list[tuple[Waiting, Answer]] = []
+        self._unsure: list[tuple[Waiting, ResponseError]] = []
         self._misread = False
         self._moved = False  # the primary became a replica: only a new connection finds the next
         self._written = False
@@ -126,8 +135,8 @@ class Batch:
         self.sound = proven and not (foreign or self._moved)
         for member, refusal in self._unsure:
             # A redirection says that the command did not run: not so one that is not proven.
-            unproven = not proven and isinstance(refusal, REDIRECTIONS)
-            believed = misplaced() if foreign or unproven else refusal
+            dubious = isinstance(refusal, REDIRECTIONS) or may_be_garbled(refusal)
+            believed = misplaced() if foreign or (dubious and not proven) else refusal
             member.settle(_judged(believed, proven=proven or self._fresh))
         if self._waited_for:
             await self._await_replicas(connection, watch)
@@ -149,6 +158,11 @@ class Batch:
         most = max(member.command.replicas for member in members)
         await connection.send_packed_command(wait_for(most, left))
         count = await _read(connection)
+        if isinstance(count, int) and count >= min(member.command.replicas for member in members):
+            # A number proves nothing: if it was misread it will not be so twice.
+            await connection.send_packed_command(wait_for(most, 0))
+            again = await _read(connection)
+            count = min(count, again) if isinstance(again, int) else again
         if isinstance(count, int):
             self._settle_waiting(count, None)
             self.sound = sound

@@ -15,7 +15,7 @@ from .call import refuses
 from .command import PROBE, Answer, AnyCommand, NotRun, Written, mark_of
 from .routes import ASKING, REDIRECTIONS, Journey, Routes
 from .timed import connection_of
-from .wire import UNREADABLE, misplaced, new_echo, pack, unpack, wait_for
+from .wire import UNREADABLE, may_be_garbled, misplaced, new_echo, pack, unpack, wait_for
 
 if TYPE_CHECKING:
     from redis.cluster import ClusterNode
@@ -189,9 +189,8 @@ def _ask(
         # The server's own errors have no echo: is the next reply the next request's?
         probed, proven = _round_trip(connection, PROBE)
         # A redirection says that the command did not run: not so one that is not proven.
-        if isinstance(probed, redis_errors.ConnectionError) or (
-            not proven and isinstance(answer, REDIRECTIONS)
-        ):
+        dubious = isinstance(answer, REDIRECTIONS) or may_be_garbled(answer)
+        if isinstance(probed, redis_errors.ConnectionError) or (dubious and not proven):
             answer = misplaced()
     if isinstance(answer, Exception) and refuses(answer):
         # A primary that became a replica: only a new connection finds its successor.
@@ -212,8 +211,14 @@ def _await_replicas(
                 return Written(reply, 0, marked), False
         connection.send_packed_command(wait_for(command.replicas, due - monotonic()))
         count = connection.read_response()
+        if count >= command.replicas:
+            # A number proves nothing: if it was misread it will not be so twice.
+            connection.send_packed_command(wait_for(command.replicas, 0))
+            count = min(count, connection.read_response())
     except RedisError as error:
         return Written(reply, 0, error), False
+    except UNREADABLE:
+        return Written(reply, 0, misplaced()), False
     return Written(reply, count), True
 
 

@@ -97,8 +97,10 @@ def unpack(reply: object, echo: bytes) -> tuple[Answer, bool]:
         proven = said != text
         if proven and said in CODES:
             return Refusal(said), True
-        # A code of ours without our echo is another request's; one word alone is none of anybody's.
-        if text.partition(" ")[0] in CODES or (proven and " " not in said):
+        # A code of ours without our echo is another request's; one word alone is nobody's, nor is
+        # what has our echo somewhere else.
+        mangled = " " not in said if proven else echo.decode() in text
+        if text.partition(" ")[0] in CODES or mangled:
             return misplaced(), False
         buried = _BURIED.search(said)
         error = _unburied(*buried.groups()) if buried else copy(reply)
@@ -108,6 +110,15 @@ def unpack(reply: object, echo: bytes) -> tuple[Answer, bool]:
     if isinstance(reply, RedisError) and not isinstance(reply, UNREADABLE):
         return copy(reply), False
     return misplaced(), False
+
+
+def may_be_garbled(error: Exception) -> bool:
+    """Whether a server may say so of a request that it did not get as it was sent.
+
+    Of such an error nothing is certain if the reply behind it is not the next request's.
+    """
+    text = str(error)
+    return type(error) is ResponseError and not text.startswith("BUSY ") and "EVAL" not in text
 
 
 def wait_for(replicas: int, seconds: float) -> list[bytes]:
