@@ -3,17 +3,24 @@
 What each of them does is tested where its operation is; that its header is true, with the protocol.
 """
 
+import itertools
 import re
 import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from hashlib import sha1
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from redis.exceptions import NoScriptError
+from redis import Redis
+from redis.exceptions import NoScriptError, ResponseError
 
 from sessiongate import keyspace, scripts
 
-from .servers import Server
+from .conftest import _BINARIES, Flavour, running_cluster
+from .servers import Cluster, Server
 
 SOURCES = {
     path.stem: path.read_text("ascii")
@@ -27,7 +34,7 @@ PASSAGES = {
     "A list is one string: of each item its length, a colon and the item.": 2,
     "A payload with an end of its own stands under another field, behind that end.": 8,
     "What is to be told of a session, as a list.": 25,
-    "The index ends with the last of its sessions.": 3,
+    "The index ends with the last of its sessions. If there is none left, it is": 4,
     "Entries that are older than the list and not on it: renewals gave their": 6,
 }
 OPEN = next(iter(PASSAGES))
@@ -45,8 +52,8 @@ GLOBALS = {
 }
 REPLICATES = "if redis.replicate_commands then redis.replicate_commands() end"
 READS = {
-    *("EXISTS", "HEXISTS", "HGET", "HGETALL", "HKEYS", "HMGET", "HSTRLEN", "PTTL", "TIME"),
-    *("ZCARD", "ZCOUNT", "ZRANGE", "ZRANGEBYSCORE", "ZREVRANGE"),
+    *("EXISTS", "GET", "HEXISTS", "HGET", "HGETALL", "HKEYS", "HLEN", "HMGET", "HSTRLEN", "PTTL"),
+    *("TIME", "ZCARD", "ZCOUNT", "ZRANGE", "ZRANGEBYSCORE", "ZREVRANGE"),
 }
 
 every_script = pytest.mark.parametrize("name", SOURCES)
@@ -84,14 +91,36 @@ def declared(name: str) -> set[str]:
 @every_script
 def test_a_script_begins_with_its_contract(name: str) -> None:
     """The header says what a script does, its Redis keys, its arguments and what it returns."""
-    assert re.match(r"-- [A-Z].*\.", header(name))
-    assert re.search(r"^--   ARGV\[1\] +echo", header(name), re.MULTILINE)
-    assert re.search(r"^-- Returns echo", header(name), re.MULTILINE)
+    assert re.match(r"-- [A-Z].*[.:]", header(name))
+    # Its echo comes last, in what it is given and in what it returns.
+    assert re.findall(r"^--   \S+ +(\w+)", header(name), re.MULTILINE)[-1] == "echo"
+    returned = header(name).partition("-- Returns ")[2].replace("\n--", "")
+    assert re.search(r"(?:^|\.\. )echo\b", returned)
     # A literal space after each tag, so that the columns are even.
     starts = {
         len(found[0]) for found in re.finditer(r"^--   \S+ +(?=\S)", header(name), re.MULTILINE)
     }
     assert len(starts) == 1
+
+
+@every_script
+def test_the_echo_is_the_last_word(name: str) -> None:
+    """A script takes its echo from the last argument, and ends each of its replies with it."""
+    numbers = [int(number) for number in re.findall(r"ARGV\[(\d+)\]", code(name))]
+    lists = re.search(r"#ARGV - 1|#KEYS", code(name)) or name == "expire"
+    last = r"ARGV\[#ARGV\]" if lists else rf"ARGV\[{max(numbers)}\]"
+    if name == "echo":
+        assert re.fullmatch(rf"return {last}\n", SOURCES[name].replace(f"{header(name)}\n", ""))
+        return
+    assert [re.fullmatch(last, value) is not None for value in values_of("echo", name)] == [True]
+    # What functions return is no reply.
+    functions = r"^local function .*(?: end|(?:\n(?:  .*|))+\nend)$"
+    replies = re.sub(functions, "", code(name), flags=re.MULTILINE)
+    for reply in re.findall(r"\breturn (.*?)(?: end)?$", replies, re.MULTILINE):
+        if reply == "table.concat(list)":
+            assert replies.rstrip().endswith("list[#list + 1] = echo\nreturn table.concat(list)")
+        else:
+            assert re.search(r"\becho(?:\)$|$)", reply), reply
 
 
 @every_script
@@ -119,19 +148,23 @@ def test_a_script_assigns_no_global_and_uses_what_every_server_has(name: str) ->
 def test_every_redis_key_is_declared(name: str) -> None:
     """A command is given a Redis key that was among KEYS, and none is made of other things."""
     used = set(re.findall(r"redis\.p?call\('[A-Z]+',? ?([^,)]*)", code(name))) - {""}
+    for more in re.findall(r"redis\.p?call\('(?:EXISTS|RENAME)', ([^)]*)", code(name)):
+        used |= set(more.split(", "))
     # Lists of the Redis keys that were given, of `enroll`: KEYS by entry, and pairs with an entry.
-    assert used <= {"session", "index", "new", "keys[entry]", "live[i][2]"}
+    assert used <= {"session", "index", "new", "tries", "key", "keys[entry]", "live[i][2]"}
     sources = {
         "session": r"KEYS\[\d\]|KEYS\[i\]|nil|function facts\(session",
         "index": r"KEYS\[\d\]",
         "new": r"KEYS\[1\]",
+        "tries": r"KEYS\[[23]\]",
+        "key": r"KEYS\[1\]",
     }
     for key in used & set(sources):
         for value in values_of(key, name):
             assert re.fullmatch(sources[key], value), f"{key} is {value}"
     for of_list in {use for use in used if "[" in use}:
         assert name == "enroll", of_list
-        assert "keys[ARGV[14 + realms + i]] = KEYS[first + i]" in code(name)
+        assert "keys[ARGV[13 + realms + i]] = KEYS[first + i]" in code(name)
         assert "live[i] = {live[i], keys[live[i]]}" in code(name)
 
 
@@ -185,10 +218,31 @@ def test_what_opens_a_session_looks_at_its_token_in_the_one_way(name: str) -> No
     assert (MARK + OPEN in SOURCES[name]) == opens
     if not opens:
         return
-    # What it opens is what it read, and nothing is written before.
+    # What it opens is what it read, and nothing is written before, unless it was done by then.
     before = code(name).partition("if not own or #own > 32")[0]
     assert re.search(r"\bown\b.* = ", before)
-    assert not written(before), "it writes before it looks"
+    assert not written(before.replace(looks_at_tries(name), "")), "it writes before it looks"
+
+
+def looks_at_tries(name: str) -> str:
+    """What a script that opens a session asks first: whether a try of the same did so before."""
+    found = re.search(
+        r"^if redis\.call\('EXISTS', \w+, tries\).*?^end\n", code(name), re.MULTILINE | re.DOTALL
+    )
+    return found[0] if found else ""
+
+
+def test_what_opens_a_session_looks_at_its_tries_in_the_one_way() -> None:
+    """`start` and `enroll` hold the same lines; what these write they write when all is done."""
+    told = looks_at_tries("enroll")
+    assert told == looks_at_tries("start").replace("session", "new").replace(
+        "fingerprint", "successor"
+    )
+    before, _, after = told.partition("  if ours then return echo end\n")
+    assert written(before) == ["SET"]
+    assert "noted = ours and " in before
+    assert not written(after)
+    assert {name for name in SOURCES if "tries" in declared(name)} == {"start", "enroll"}
 
 
 def written(text: str) -> list[str]:
@@ -230,64 +284,135 @@ def test_a_script_is_loaded_as_it_is(name: str) -> None:
 # --- on servers ---
 
 
-def calls() -> list[tuple[str, list[bytes], list[bytes]]]:
-    """One call of each script that succeeds, in an order in which they do: name, KEYS, ARGV."""
-    names = keyspace.Keyspace("sg-session", keyspace.system_random)
-    index = names.index_key(b"zo")
-    ids = [names.new_id_in(keyspace.slot_of(index)).encode() for _ in range(3)]
-    first, second, third = (names.session_key(each.decode()) for each in ids)
-    token, newer, of_zo = b"1" * 16, b"2" * 16, b"3" * 16
-    sub = b"realm..." + b"zo"
-    none, limit = b"", (b"5", b"1")
+ECHO = b"the-echo"
+
+
+class Call(NamedTuple):
+    """A call of a script, but for the echo."""
+
+    name: str
+    keys: list[bytes]
+    args: list[bytes]
+
+    def words(self) -> list[bytes | int]:
+        """What follows the script's SHA-1 or source."""
+        return [len(self.keys), *self.keys, *self.args, ECHO]
+
+    def run(self, client: Redis, behind: str = "") -> bytes:
+        """What the script returns, behind more Lua."""
+        reply: bytes = client.execute_command("EVAL", behind + SOURCES[self.name], *self.words())
+        assert reply.endswith(ECHO), self.name
+        return reply.removesuffix(ECHO)
+
+
+KEYSPACE = keyspace.Keyspace("sg-session", keyspace.system_random)
+INDEX = KEYSPACE.index_key(b"zo")
+SUB = b"realm..." + b"zo"
+TOKEN, NEWER, OF_ZO = b"1" * 16, b"2" * 16, b"3" * 16
+STARTED = b"0" * 16  # whatever the clock says
+NONE = b""
+
+
+class New(NamedTuple):
+    """A session id in the slot of the index, and the Redis keys that belong to it."""
+
+    id: bytes
+    session: bytes
+    tries: bytes
+
+    @property
+    def entry(self) -> bytes:
+        return STARTED + self.id
+
+
+def new() -> New:
+    session_id = KEYSPACE.new_id_in(keyspace.slot_of(INDEX))
+    return New(
+        session_id.encode(), KEYSPACE.session_key(session_id), KEYSPACE.tries_key(session_id)
+    )
+
+
+def start(one: New, tried: int = 0, ttl: bytes = b"300", idle: bytes = NONE) -> Call:
+    return Call("start", [one.session, one.tries], [TOKEN, ttl, b"%d" % tried, idle, b":a", b"1"])
+
+
+def enroll(
+    one: New,
+    *others: New,
+    tried: int = 0,
+    ttl: bytes = b"300",
+    limit: tuple[bytes, bytes] = (b"5", b"1"),
+) -> Call:
+    """Open a session of the subject, knowing of others."""
+    args = [ttl, b"%d" % tried, NONE, one.id, STARTED, b"0", NONE, NONE, *limit, b"1"]
+    listed = [b"%d" % len(others), SUB, *(other.entry for other in others)]
+    keys = [one.session, INDEX, one.tries, *(other.session for other in others)]
+    return Call("enroll", keys, [TOKEN, *args, *listed, b":a", b"1"])
+
+
+def sign_in(one: New, source: New, tried: int = 0, token: bytes = TOKEN) -> Call:
+    """Give the subject a session that is open."""
+    given = [NONE, b"%d" % tried, NONE, one.id, NONE, b"2", token, source.id]
+    args = [OF_ZO, *given, b"5", b"1", b"1", b"0", SUB]
+    return Call("enroll", [one.session, INDEX, one.tries, source.session], args)
+
+
+def listed(*those: New) -> list[bytes]:
+    return [b"9" * 16, b"1", SUB, *(one.entry for one in those)]
+
+
+def calls() -> list[Call]:
+    """One call of each script that succeeds, in an order in which they do, and some more."""
+    first, second, third, fourth, fifth, *others = (new() for _ in range(8))
+    by_export, by_expire, by_end = others
+    session = [first.session]
     return [
-        ("echo", [], []),
-        ("start", [first], [token, b"300", b"0", b"100", b":a", b"1"]),
-        ("touch", [first], [token]),
-        ("info", [first], [token]),
-        ("expire", [first], [token, b"300"]),
-        ("renew", [first], [token, newer, b"1", b"10", b"realm...", b"0"]),
-        ("pset", [first], [newer, b":b", b"2"]),
-        ("pset_if", [first], [newer, b":c", b"3", b"absent", none, b"100"]),
-        ("pset_many", [first], [newer, b":d", b"4", b":e", b"5"]),
-        ("pincr", [first], [newer, b":c", b"5"]),
-        ("pget", [first], [newer, b":c"]),
-        ("pget_many", [first], [newer, b":c", b":d"]),
-        ("pall", [first], [newer]),
-        ("ppop", [first], [newer, b":c"]),
-        ("pdel", [first], [newer, b":e"]),
-        ("export", [first], [newer, b"0"]),
-        ("import", [first], [newer, b":a", b"9"]),
-        (
-            "enroll",
-            [second, index, first],
-            [of_zo, none, b"0", none, ids[1], none, b"2", newer, ids[0], *limit, b"1", b"0", sub],
-        ),
-        (
-            "enroll",
-            [third, index],
-            [
-                token,
-                b"300",
-                b"0",
-                none,
-                ids[2],
-                none,
-                b"0",
-                none,
-                none,
-                b"5",
-                b"1",
-                b"1",
-                b"0",
-                sub,
-            ],
-        ),
-        ("index", [index], []),
-        ("sessions", [index, second], [b"9" * 16, b"1", sub, b"0" * 16 + ids[1]]),
-        ("end_one", [second, index], [ids[1], sub]),
-        ("end_all", [index, third], [none, b"9" * 16, b"1", sub, b"0" * 16 + ids[2]]),
-        ("start", [first], [token, b"300", b"0", none]),
-        ("end", [first], [token]),
+        Call("echo", [], []),
+        start(first, idle=b"100"),
+        *(start(first, tried, idle=b"100") for tried in (2, 3)),
+        Call("touch", session, [TOKEN]),
+        Call("info", session, [TOKEN]),
+        Call("expire", session, [TOKEN, b"300"]),
+        Call("renew", session, [TOKEN, NEWER, b"1", b"10", b"realm...", b"a nonce."]),
+        Call("renew", session, [TOKEN, NEWER, b"1", b"10", b"realm...", b"another."]),
+        Call("renew", session, [TOKEN, NEWER, b"1", b"10", b"realm...", b"a nonce."]),
+        Call("pset", session, [NEWER, b":b", b"2"]),
+        Call("pset_if", session, [NEWER, b":c", b"3", b"absent", NONE, b"100"]),
+        Call("pset_many", session, [NEWER, b":d", b"4", b":e", b"5"]),
+        Call("pincr", session, [NEWER, b":c", b"5"]),
+        Call("pget", session, [NEWER, b":c"]),
+        Call("pget", session, [NEWER, b":d"]),
+        Call("pget_many", session, [NEWER, b":c", b":d"]),
+        Call("pall", session, [NEWER]),
+        Call("ppop", session, [NEWER, b":c"]),
+        Call("pdel", session, [NEWER, b":e", b"a nonce."]),
+        Call("pdel", session, [NEWER, b":e", b"a nonce."]),
+        Call("pset_if", session, [NEWER, b":f", b"6", NONE, NONE, b"100"]),
+        Call("pdel", session, [NEWER, b":f", b"another."]),
+        Call("export", session, [NEWER, b"0"]),
+        Call("import", session, [NEWER, b":a", b"9", b":b", b"8"]),
+        Call("mark", session, []),
+        sign_in(second, first, token=NEWER),
+        Call("expire", [second.session], [OF_ZO, b"300"]),
+        Call("expire", [second.session, INDEX], [OF_ZO, b"300", second.id]),
+        *(enroll(third, tried=tried) for tried in (1, 2)),
+        Call("mark", [INDEX], []),
+        Call("index", [INDEX], []),
+        Call("sessions", [INDEX, second.session, third.session], listed(second, third)),
+        Call("end_one", [second.session, INDEX], [second.id, SUB]),
+        enroll(fourth, limit=(b"1", b"1")),
+        enroll(fourth, third, limit=(b"1", b"1")),
+        Call("end_one", [fourth.session, INDEX], [fourth.id, SUB]),
+        enroll(fifth),
+        Call("end_all", [INDEX, fifth.session], [NONE, *listed(fifth)]),
+        Call("end_all", [INDEX], [NONE, *listed()]),
+        Call("index", [INDEX], []),
+        Call("sessions", [INDEX], listed()),
+        Call("mark", session, []),
+        *(start(other) for other in others),
+        Call("export", [by_export.session], [TOKEN, b"1"]),
+        Call("expire", [by_expire.session], [TOKEN, b"0"]),
+        Call("end", [by_end.session], [TOKEN]),
     ]
 
 
@@ -296,32 +421,317 @@ def test_every_script_runs_on_a_server_that_has_seen_none(server: Server) -> Non
     unknown = set(SOURCES)
     with server.client() as client:
         client.script_flush()
-        for name, keys, args in calls():
-            call = [len(keys), *keys, "the-echo", *args]
-            sha = sha1(SOURCES[name].encode(), usedforsecurity=False).hexdigest()
-            if name in unknown:
+        for call in calls():
+            sha = sha1(SOURCES[call.name].encode(), usedforsecurity=False).hexdigest()
+            if call.name in unknown:
                 with pytest.raises(NoScriptError):
-                    client.execute_command("EVALSHA", sha, *call)
-                reply = client.execute_command("EVAL", SOURCES[name], *call)
-                unknown.remove(name)
+                    client.execute_command("EVALSHA", sha, *call.words())
+                call.run(client)
+                unknown.remove(call.name)
             else:
-                reply = client.execute_command("EVALSHA", sha, *call)
-            assert reply.startswith(b"the-echo"), name
-            # No session is ever without an end, nor an index.
-            assert not [key for key in client.scan_iter() if client.pttl(key) < 0], name
+                assert client.execute_command("EVALSHA", sha, *call.words()).endswith(ECHO)
+            assert without_end(client) == [], call
         assert not unknown
 
 
-@pytest.mark.parametrize("name", ["start", "enroll"])
-def test_an_end_that_comes_before_it_is_set_leaves_nothing(server: Server, name: str) -> None:
+def without_end(client: Redis) -> list[bytes]:
+    """No session is ever without an end, nor an index, nor the number of a try."""
+    return [key for key in client.scan_iter() if client.pttl(key) < 0]
+
+
+@pytest.mark.parametrize("opens", [start, enroll])
+def test_an_end_that_comes_before_it_is_set_leaves_nothing(
+    server: Server, opens: Callable[..., Call]
+) -> None:
     """A session that is over while it is being opened leaves no payload behind without an end."""
-    ttl = b"0.0001"  # so little that it is over by then
-    token, session = b"f" * 16, b"{s}1"
-    if name == "start":
-        call = [1, session, b"echo", token, ttl, b"0", b""]
-    else:
-        options = (ttl, b"0", b"", b"A" * 16, b"", b"0", b"", b"", b"0", b"0", b"1", b"0")
-        call = [2, session, b"{s}2", b"echo", token, *options, b"realm...alice"]
+    one = new()
     with server.client() as client:
-        assert client.eval(SOURCES[name], *call, b":user", b"1") == b"echo"
-        assert client.exists(session) == 0
+        opens(one, ttl=b"0.0001").run(client)  # so little that it is over by then
+        assert client.exists(one.session) == 0
+
+
+# --- Redis keys that go while a script runs ---
+
+# Lua that stands in front of a script and takes the place of what it calls Redis with.
+REPLACED = """
+local redis = {
+  call = replaced(real.call), pcall = replaced(real.pcall),
+  error_reply = real.error_reply, replicate_commands = real.replicate_commands,
+}
+"""
+
+# A command that names what was there before and is gone breaks the script off.
+WATCHED = f"""
+local real, had, gone = redis, {{}}, {{}}
+local function look()
+  for _, key in ipairs(KEYS) do
+    local there = real.call('EXISTS', key) == 1
+    if had[key] and not there then gone[key] = true end
+    had[key] = there
+  end
+end
+local function replaced(call)
+  return function(...)
+    for _, word in ipairs({{...}}) do
+      if gone[word] then error('what is gone was asked for') end
+    end
+    local reply = call(...)
+    look()
+    return reply
+  end
+end
+look()
+{REPLACED}"""
+
+
+def test_what_is_gone_is_not_asked_for(server: Server) -> None:
+    """No script names a Redis key that it deleted or emptied: in a slot that moves that fails."""
+    with server.client() as client:
+        for call in itertools.chain(calls(), emptying(client)):
+            call.run(client, WATCHED)
+        client.set("key", "x")
+        asks = "redis.call('DEL', KEYS[1]) redis.call('GET', KEYS[1])"
+        with pytest.raises(ResponseError, match="what is gone was asked for"):
+            client.eval(WATCHED + asks, 1, "key")
+
+
+def emptying(client: Redis) -> Iterator[Call]:
+    """Calls each of which finds nothing live in an index, and empties it."""
+    one = new()
+    for call in (
+        Call("index", [INDEX], []),
+        Call("sessions", [INDEX, one.session], listed(one)),
+        Call("end_all", [INDEX, one.session], [NONE, *listed(one)]),
+    ):
+        client.zadd(INDEX, {one.entry: 1 if call.name == "index" else 4e12})
+        client.hset(one.session, "other", "x")  # it is there, and is no session
+        yield call
+        assert client.exists(INDEX) == 0, call
+        client.delete(one.session)
+
+
+@contextmanager
+def moving(cluster: Cluster, slot: int) -> Iterator[Redis]:
+    """The server of a slot that is about to move, with all that is in it."""
+    here = cluster.server_of(slot)
+    there = next(server for server in cluster.primaries() if server is not here)
+    with here.client() as source, there.client() as target:
+        target.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", cluster.id_of(here))
+        source.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", cluster.id_of(there))
+        try:
+            yield source
+        finally:
+            for each in (source, target):
+                each.execute_command("CLUSTER", "SETSLOT", slot, "STABLE")
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    """The suite's cluster, empty."""
+    if not _BINARIES:
+        pytest.skip("no server was found")
+    cluster = running_cluster()
+    cluster.flushall()
+    return cluster
+
+
+def test_every_script_runs_in_a_slot_that_moves(cluster: Cluster) -> None:
+    """What is still where a slot comes from is used there, to its end, by every script."""
+    slot, ran = keyspace.slot_of(INDEX), set()
+    with cluster.server_of(slot).client() as client:
+        for call in itertools.chain(calls(), emptying(client)):
+            if call.keys and client.exists(*call.keys) == len(call.keys):
+                ran.add(call.name)
+                with moving(cluster, slot) as source:
+                    call.run(source)
+            else:
+                call.run(client)  # it names what is not there: such a slot sends it away
+    assert ran == set(SOURCES) - {"echo"}
+
+
+def test_the_sessions_of_a_subject_in_a_slot_that_moves(cluster: Cluster, flavour: Flavour) -> None:
+    """They are listed and ended, the last one too, which takes the index along."""
+    gate = flavour.gate(flavour.cluster_client(cluster))
+    ends: list[Callable[[str], object]] = [
+        lambda _: gate.end_all("zo"),
+        lambda token: gate.end_one("zo", gate.verify(token)),
+    ]
+    for end in ends:
+        token = gate.start(300, subject="zo")
+        with moving(cluster, keyspace.slot_of(INDEX)) as source:
+            assert [info.id for info in gate.sessions("zo")] == [gate.verify(token)]
+            end(token)
+            assert source.dbsize() == 0
+
+
+# Redis before 6 evicts what it likes in front of a script's first write, if that takes memory: here
+# one of the script's own Redis keys.
+EVICTED = f"""
+local real, evicts = redis, true
+local takes = {{HINCRBY = true, HSET = true, SET = true, ZADD = true}}
+local writes = {{
+  HDEL = true, PEXPIREAT = true, RENAME = true, UNLINK = true, ZREM = true,
+  ZREMRANGEBYSCORE = true,
+}}
+local function replaced(call)
+  return function(command, ...)
+    if evicts and takes[command] then real.call('DEL', KEYS[%d]) end
+    evicts = evicts and not takes[command] and not writes[command]
+    return call(command, ...)
+  end
+end
+{REPLACED}"""
+
+
+def test_what_is_evicted_under_a_script_stays_behind_with_an_end(server: Server) -> None:
+    """Whatever a full server evicts while a script runs, nothing is left without an end."""
+    commands = {command for name in SOURCES for command in written(code(name))}
+    assert commands == set(re.findall(r"\b[A-Z]{3,}(?= = true)", EVICTED))
+    with server.client() as client:
+        for call in calls():
+            held = {key: (client.pttl(key), client.dump(key)) for key in client.scan_iter()}
+            for number in range(len(call.keys)):
+                with suppress(ResponseError):
+                    call.run(client, EVICTED % (number + 1))
+                assert without_end(client) == [], (call.name, number)
+                client.flushdb()
+                for key, (ttl, data) in held.items():
+                    client.restore(key, ttl, data)
+            call.run(client)
+
+
+# --- what arrives late ---
+
+# How a session is opened: a start without a subject, with one, and a sign-in.
+OPENINGS: dict[str, Callable[[New, New, int], Call]] = {
+    "start": lambda one, _, tried: start(one, tried),
+    "enroll": lambda one, _, tried: enroll(one, tried=tried),
+    "sign-in": sign_in,
+}
+
+
+def refused(code: str) -> "pytest.RaisesExc[ResponseError]":
+    return pytest.raises(ResponseError, match=f"^{code} {ECHO.decode()}$")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_no_try_brings_a_session_back(server: Server, opening: str, order: tuple[int, ...]) -> None:
+    """Of all tries of a start one opens a session, and none does after its end, in any order."""
+    one, source = new(), new()
+    with server.client() as client:
+        start(source).run(client)
+        for at, tried in enumerate(order):
+            call = OPENINGS[opening](one, source, tried)
+            if max(order[:at], default=0) > tried:
+                with refused("IDTAKEN"):
+                    call.run(client)
+            else:
+                assert call.run(client) == b""
+            if tried == 2:  # the one that is heard of: from here on the session may be ended
+                assert client.exists(one.session) == 1
+                assert client.get(one.tries) == b"2"
+                assert 3_590_000 < client.pttl(one.tries) <= 3_600_000
+                Call("end", [one.session], [call.args[0]]).run(client)
+        assert client.exists(one.session) == 0
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_a_start_that_is_not_sent_again_leaves_no_number(server: Server, opening: str) -> None:
+    """The number of a try is kept from the second one on; the first costs no memory."""
+    one, source = new(), new()
+    with server.client() as client:
+        start(source).run(client)
+        OPENINGS[opening](one, source, 0).run(client)
+        assert client.exists(one.session) == 1
+        assert client.exists(one.tries) == 0
+
+
+def test_a_start_that_was_refused_is_not_made_up_for(server: Server) -> None:
+    """Once a later try was told that the subject has too many, an earlier one opens nothing."""
+    one, other = new(), new()
+    with server.client() as client:
+        enroll(other).run(client)
+        full = (b"1", b"0")
+        assert enroll(one, limit=full).run(client) == other.entry
+        with refused("TOOMANY"):
+            enroll(one, other, limit=full, tried=1).run(client)
+        Call("end", [other.session], [TOKEN]).run(client)
+        with refused("IDTAKEN"):
+            enroll(one, other, limit=full).run(client)
+        assert client.exists(one.session) == 0
+
+
+def test_a_deletion_that_comes_late_deletes_nothing(server: Server) -> None:
+    """A `pdel` that its own repetition overtook leaves what was stored meanwhile."""
+    one = new()
+    with server.client() as client:
+        start(one).run(client)
+        for ttl in (NONE, b"100"):
+            for nonce in (b"nonce %02d" % n for n in range(20)):
+                delete = Call("pdel", [one.session], [TOKEN, b":a", nonce])
+                store = Call("pset_if", [one.session], [TOKEN, b":a", b"2", NONE, NONE, ttl])
+                store.run(client)
+                delete.run(client)
+                store.run(client)
+                delete.run(client)
+                assert Call("pget", [one.session], [TOKEN, b":a"]).run(client) == b"2"
+                assert client.hstrlen(one.session, "did") <= 64
+
+
+# --- a mark ---
+
+
+@pytest.fixture
+def replicated(own_server: Server) -> Iterator[Redis]:
+    """A client of a server of this test alone, with a replica that it does not ping."""
+    with own_server.client() as client:
+        client.config_set("repl-diskless-sync-delay", 0)
+        client.config_set("repl-ping-slave-period", 3_600)
+        with Server(own_server.binary, ("--slaveof", "127.0.0.1", str(own_server.port))):
+            deadline = time.monotonic() + 20
+            while client.info("replication").get("slave0", {}).get("state") != "online":
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            yield client
+
+
+def test_a_mark_changes_nothing_and_is_replicated(replicated: Redis) -> None:
+    """It is a write, to a session, an index or what is not there, and changes none of them."""
+    client, one = replicated, new()
+    start(one, idle=b"100").run(client)
+    enroll(new()).run(client)
+    Call("mark", [one.session], []).run(client)  # Redis 4 replicates the text of each script once
+    for key in (one.session, INDEX, one.tries):
+        # The machine may stand still between two commands of a script: not five times.
+        lost = []
+        for _ in range(5):
+            end = round(time.time() * 1000) + 50_000
+            client.pexpireat(key, end)
+            before = client.dump(key), client.info("replication")["master_repl_offset"]
+            Call("mark", [key], []).run(client)
+            assert client.dump(key) == before[0]
+            assert client.info("replication")["master_repl_offset"] > before[1]
+            lost.append(end - end_of(client, key))
+        assert min(lost) >= 0, "a session must not live longer for it"
+        assert client.exists(key) == 0 or min(lost) <= 1
+
+
+def end_of(client: Redis, key: bytes) -> float:
+    """When it ends, in milliseconds since 1970: never later than it does."""
+    now = "local now = redis.call('TIME') now = now[1] * 1000 + math.floor(now[2] / 1000)"
+    return max(
+        float(client.eval(f"{now} return now + redis.call('PTTL', KEYS[1])", 1, key))
+        for _ in range(5)
+    )
+
+
+def test_a_mark_works_without_memory(own_server: Server) -> None:
+    """A full server refuses no mark, whatever is there."""
+    one = new()
+    with own_server.client() as client:
+        enroll(one).run(client)
+        client.config_set("maxmemory", 1)
+        for key in (one.session, INDEX, one.tries):
+            Call("mark", [key], []).run(client)
+        assert client.exists(one.tries) == 0
