@@ -10,6 +10,8 @@
 -- were listed, but not under an id of KEYS[2..]: renewals moved them meanwhile.
 local index, echo, kept, listed, realms = KEYS[1], ARGV[#ARGV], ARGV[1], ARGV[2], tonumber(ARGV[3])
 
+-- If the network lost a digit of how many words there are, the last ones are missing.
+if #ARGV ~= 3 + realms + #KEYS then return redis.error_reply('ERR incomplete') end
 local ours, known, gone, ended = {}, {}, {}, 0
 for i = 4, 3 + realms do ours[ARGV[i]] = true end
 for i = 2, #KEYS do

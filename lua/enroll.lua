@@ -18,8 +18,9 @@
 --   ARGV[11]    '1' if the oldest have to go for it, '0' if it is to be refused
 --   ARGV[12]    how many realms there are
 --   ARGV[13]    how many sessions were listed
---   ARGV[14..]  each realm .. the subject, the new session's first; then the index entry of each session
---               that was listed; then payload field, its data, and so on
+--   ARGV[14]    how many payloads there are
+--   ARGV[15..]  each realm .. the subject, the new session's first; then the index entry of each
+--               session that was listed; then payload field, its data, and so on
 --   ARGV[last]  echo, behind every reply
 -- Returns echo; or, if it has to know which sessions of the index are live, the index entry of each, 32
 -- bytes, .. echo, and nothing was done. Errors: IDTAKEN, NOSESSION, TOOMANY.
@@ -28,8 +29,11 @@ local tries, tried = KEYS[3], tonumber(ARGV[3])
 local new, index, id, started, generation = KEYS[1], KEYS[2], ARGV[5], ARGV[6], ARGV[7]
 local session, fingerprint, session_id = nil, ARGV[8], ARGV[9]
 local limit, evicts = tonumber(ARGV[10]), ARGV[11]
-local realms, listed = tonumber(ARGV[12]), tonumber(ARGV[13])
+local realms, listed, payloads = tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
 local grows = true -- whether it may take memory
+
+-- If the network lost a digit of how many words there are, the last ones are missing.
+if #ARGV ~= 15 + realms + listed + 2 * payloads then return redis.error_reply('ERR incomplete') end
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
 -- writes after TIME if it does.
@@ -47,6 +51,10 @@ if redis.call('EXISTS', new, tries) > 0 then
   if late or redis.call('EXISTS', new) == 1 then return redis.error_reply('IDTAKEN ' .. echo) end
 end
 if ttl and ttl <= 0 then return echo end
+if tried > 0 then
+  local noted = redis.pcall('SET', tries, tried, 'PX', 3600000)
+  if noted.err then return redis.error_reply(noted.err .. ' ' .. echo) end
+end
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -105,9 +113,9 @@ while due <= count do due = due * 2 end
 due = listed == 0 and due == count + 1 and due <= 131072
 if full or due or listed > 0 then
   local keys, first = {}, #KEYS - listed
-  for i = 1, listed do keys[ARGV[13 + realms + i]] = KEYS[first + i] end
+  for i = 1, listed do keys[ARGV[14 + realms + i]] = KEYS[first + i] end
   local ours, entries, unknown = {}, redis.call('ZRANGEBYSCORE', index, since, '+inf'), 0
-  for i = 14, 13 + realms do ours[ARGV[i]] = true end
+  for i = 15, 14 + realms do ours[ARGV[i]] = true end
   for _, entry in ipairs(entries) do
     if string.sub(entry, 17) ~= session_id then
       local held = keys[entry] and redis.call('HMGET', keys[entry], 'sub', 'pending')
@@ -132,10 +140,6 @@ if full or due or listed > 0 then
 end
 
 -- All that can fail comes first, or is undone.
-if tried > 0 then
-  local noted = redis.pcall('SET', tries, tried, 'PX', 3600000)
-  if noted.err then return redis.error_reply(noted.err .. ' ' .. echo) end
-end
 local entry = started .. id
 local written = redis.pcall('ZADD', index, string.format('%.0f', ends), entry)
 if type(written) == 'table' then return redis.error_reply(written.err .. ' ' .. echo) end
@@ -146,18 +150,18 @@ if session then
     redis.call('ZREM', index, entry)
     return redis.error_reply((written and written.err or 'NOSESSION') .. ' ' .. echo)
   end
-  redis.call('HSET', new, 'fp', own, 'sub', ARGV[14])
+  redis.call('HSET', new, 'fp', own, 'sub', ARGV[15])
   redis.call('HDEL', new, 'old', 'pending')
   redis.call('ZREM', index, started .. session_id)
 else
-  written = redis.pcall('HSET', new, 'fp', own, 'sub', ARGV[14])
+  written = redis.pcall('HSET', new, 'fp', own, 'sub', ARGV[15])
   if written ~= 2 then
     redis.call('ZREM', index, entry)
     return redis.error_reply(written.err .. ' ' .. echo)
   end
 end
 if generation ~= '0' then redis.call('HSET', new, 'gen', generation) end
-local fields = 14 + realms + listed
+local fields = 15 + realms + listed
 for i = fields, #ARGV - 1, 2 do redis.call('HSET', new, ARGV[i], ARGV[i + 1]) end
 if not session then
   -- Last: if this end has come by now, nothing may be written after it.

@@ -1,11 +1,15 @@
 -- Makes the payloads of a session what they became in the slot that it came from.
 --   KEYS[1]     the session's hash
 --   ARGV[1]     fingerprint of the token
---   ARGV[2..]   payload field and what stands there, and so on: all that `export` returned
+--   ARGV[2]     how many payloads there are
+--   ARGV[3..]   payload field and what stands there, and so on: all that `export` returned
 --   ARGV[last]  echo, behind every reply
 -- Returns echo. Errors: NOSESSION.
 local session, echo, fingerprint = KEYS[1], ARGV[#ARGV], ARGV[1]
 local grows = true -- whether it may take memory
+
+-- If the network lost a digit of how many words there are, the last ones are missing.
+if #ARGV ~= 3 + 2 * tonumber(ARGV[2]) then return redis.error_reply('ERR incomplete') end
 
 local own = redis.call('HGET', session, 'fp')
 -- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.
@@ -35,7 +39,7 @@ if not own or #own > 32 or #fingerprint ~= 16 or string.find(own, fingerprint, 1
   end
 end
 local kept = {}
-for i = 2, #ARGV - 1, 2 do
+for i = 3, #ARGV - 1, 2 do
   kept[ARGV[i]] = true
   local written = redis.pcall('HSET', session, ARGV[i], ARGV[i + 1])
   if written ~= 0 and written ~= 1 then return redis.error_reply(written.err .. ' ' .. echo) end

@@ -1,5 +1,5 @@
--- Makes a write that changes nothing, so that a WAIT behind it waits for all that was written before: one
--- behind a script that wrote nothing itself may not wait at all (Redis 7.2 and later, Valkey).
+-- Makes a write that changes nothing, so that a WAIT behind it waits for all that was written before:
+-- one behind a script that wrote nothing itself may not wait at all (Redis 7.2 and later, Valkey).
 --   KEYS[1]  a session's hash or an index, which need not be there
 --   ARGV[1]  echo, behind every reply
 -- Returns echo.

@@ -3,9 +3,11 @@
 --   ARGV[1]  fingerprint of the token
 --   ARGV[2]  payload field
 --   ARGV[3]  nonce: 8 bytes that this deletion alone has, and keeps if it is sent again
---   ARGV[4]  echo, behind every reply
+--   ARGV[4]  number of this try: how often this same deletion was sent before and may have run
+--   ARGV[5]  echo, behind every reply
 -- Returns echo. Errors: NOSESSION, NOPAYLOAD.
-local session, echo, fingerprint, field, nonce = KEYS[1], ARGV[4], ARGV[1], ARGV[2], ARGV[3]
+local session, echo, fingerprint, field = KEYS[1], ARGV[5], ARGV[1], ARGV[2]
+local nonce, tried = ARGV[3], ARGV[4]
 local grows = false -- whether it may take memory
 
 local found = redis.call('HMGET', session, 'fp', field, 'did')
@@ -66,6 +68,10 @@ end
 local live = timed_payload(string.sub(field, 2))
 local deleted = redis.pcall('HDEL', session, ';' .. string.sub(field, 2))
 if type(deleted) == 'table' then return redis.error_reply(deleted.err .. ' ' .. echo) end
-if not live then return redis.error_reply('NOPAYLOAD ' .. echo) end
+if not live then
+  -- Its first try may still come.
+  if tried ~= '0' then redis.pcall('HSET', session, 'did', did) end
+  return redis.error_reply('NOPAYLOAD ' .. echo)
+end
 redis.call('HSET', session, 'did', did)
 return echo

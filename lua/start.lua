@@ -5,11 +5,15 @@
 --   ARGV[2]     ttl: whole seconds from now; 0 stores nothing
 --   ARGV[3]     number of this try: how often this same start was sent before and may have run
 --   ARGV[4]     idle timeout: whole seconds, or '' for none
---   ARGV[5..]   payload field, its data, and so on
+--   ARGV[5]     how many payloads there are
+--   ARGV[6..]   payload field, its data, and so on
 --   ARGV[last]  echo, behind every reply
 -- Returns echo. Errors: IDTAKEN.
 local session, tries, echo, fingerprint, idle = KEYS[1], KEYS[2], ARGV[#ARGV], ARGV[1], ARGV[4]
-local ttl, tried = tonumber(ARGV[2]), tonumber(ARGV[3])
+local ttl, tried, payloads = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[5])
+
+-- If the network lost a digit of how many words there are, the last ones are missing.
+if #ARGV ~= 6 + 2 * payloads then return redis.error_reply('ERR incomplete') end
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
 -- writes after TIME if it does.
@@ -43,12 +47,12 @@ if idle ~= '' then
 end
 local written = redis.pcall('HSET', session, 'fp', own)
 if written ~= 1 then return redis.error_reply(written.err .. ' ' .. echo) end
-for i = 5, #ARGV - 1, 2 do redis.call('HSET', session, ARGV[i], ARGV[i + 1]) end
+for i = 6, #ARGV - 1, 2 do redis.call('HSET', session, ARGV[i], ARGV[i + 1]) end
 -- Last: if this end has come by now, nothing may be written after it.
 local expires = redis.pcall('PEXPIREAT', session, string.format('%.0f', ends))
 if expires == 1 then return echo end
 if redis.pcall('UNLINK', session) ~= 1 then
   redis.pcall('HDEL', session, 'fp')
-  for i = 5, #ARGV - 1, 2 do redis.pcall('HDEL', session, ARGV[i]) end
+  for i = 6, #ARGV - 1, 2 do redis.pcall('HDEL', session, ARGV[i]) end
 end
 return redis.error_reply(expires.err .. ' ' .. echo)

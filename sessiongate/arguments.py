@@ -129,6 +129,11 @@ def payloads_arg(payloads: Mapping[str, Data] | None) -> tuple[bytes, ...]:
     return tuple(fields)
 
 
+def counted(fields: tuple[bytes, ...]) -> bytes:
+    """How many payloads there are in fields and data, one behind the other."""
+    return b"%d" % (len(fields) // 2)
+
+
 def data_arg(data: Data, name: str) -> bytes:
     """The bytes of the payload of that name, as they are now: later changes do not count."""
     # Only bytes themselves are taken at their word: a subclass may say anything of its length.

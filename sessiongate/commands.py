@@ -15,6 +15,7 @@ from .answers import SessionInfo
 from .arguments import (
     Data,
     by_arg,
+    counted,
     data_arg,
     field_arg,
     idle_timeout_arg,
@@ -75,11 +76,11 @@ class Commands:
         session_id = self._keyspace.new_id()
         token, fingerprint = self._ring.sign(session_id)
         ttl, idle_timeout, fields, _ = opening
+        rest = (idle_timeout, counted(fields), *fields)
 
         def repeat(command: Command[str]) -> Command[str]:
             tried = b"%d" % (int(command.args[2]) + 1)
-            args = (fingerprint, ttl, tried, idle_timeout, *fields)
-            return command._replace(args=args, anywhere=False)
+            return command._replace(args=(fingerprint, ttl, tried, *rest), anywhere=False)
 
         def recover(command: Command[str], error: Exception) -> Command[str] | None:
             # A slot that moves takes no new session, since that has two Redis keys.
@@ -91,7 +92,7 @@ class Commands:
         return Command(
             scripts.START,
             (self._keyspace.session_key(session_id), self._keyspace.tries_key(session_id)),
-            (fingerprint, ttl, b"0", idle_timeout, *fields),
+            (fingerprint, ttl, b"0", *rest),
             lambda _: token,
             session_id,
             repeat=repeat,
@@ -228,7 +229,8 @@ class Commands:
         session_id, fingerprint, keys = self._session(token)
         if payloads is None:
             raise ArgumentError("payloads is a mapping of names to data, not NoneType")
-        args = (fingerprint, *payloads_arg(payloads))
+        fields = payloads_arg(payloads)
+        args = (fingerprint, counted(fields), *fields)
         return Command(scripts.PSET_MANY, keys, args, nothing, session_id, replicas=self._replicas)
 
     def pget(self, token: str | bytes, name: str) -> Command[bytes]:
@@ -250,14 +252,18 @@ class Commands:
         session_id, fingerprint, keys = self._session(token)
         # A later payload of that name is not this call's to delete: the nonce tells a repetition.
         args = (fingerprint, field_arg(name), os.urandom(NONCE_BYTES))
+
+        def repeat(command: Command[None]) -> Command[None]:
+            return command._replace(args=(*args, b"%d" % (int(command.args[3]) + 1)))
+
         return Command(
             scripts.PDEL,
             keys,
-            args,
+            (*args, b"0"),
             nothing,
             session_id,
             name,
-            repeat=again,
+            repeat=repeat,
             replicas=self._replicas,
         )
 

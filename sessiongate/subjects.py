@@ -12,7 +12,7 @@ from redis.exceptions import ClusterCrossSlotError
 
 from . import answers, scripts
 from .answers import SessionInfo
-from .arguments import subject_arg
+from .arguments import counted, subject_arg
 from .command import Command, R, again, nothing, or_gone, waited_for
 from .errors import (
     ArgumentError,
@@ -279,6 +279,7 @@ class Subjects:
             self._evicts,
             b"%d" % len(subs),
             b"%d" % len(entries),
+            counted(opening.fields),
             *subs,
             *entries,
             *opening.fields,
@@ -368,7 +369,7 @@ class Subjects:
             fields = _opening(answer).fields
             if _same(fields, opening.fields) or _same((*fields, *_PENDING), opening.fields):
                 return taken(drawn)
-            args = (drawn.fingerprint, *fields)
+            args = (drawn.fingerprint, counted(fields), *fields)
             return Command(scripts.IMPORT, keys, args, lambda _: taken(drawn), source.session_id)
 
         def recover(_: Command[str], error: Exception) -> Command[str] | None:
