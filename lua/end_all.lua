@@ -6,12 +6,13 @@
 --   ARGV[3]     how many realms there are
 --   ARGV[4..]   each realm .. the subject; then the index entry of each of KEYS[2..]
 --   ARGV[last]  echo, behind every reply
--- Returns how many ended .. ':' .. the index entries of sessions that were started before they
--- were listed, but not under an id of KEYS[2..]: renewals moved them meanwhile.
+-- Returns how many ended .. ':' .. index entries .. echo: those of sessions that were started before
+-- they were listed, but not under an id of KEYS[2..]: renewals moved them meanwhile.
+-- Errors: INCOMPLETE.
 local index, echo, kept, listed, realms = KEYS[1], ARGV[#ARGV], ARGV[1], ARGV[2], tonumber(ARGV[3])
 
 -- If the network lost a digit of how many words there are, the last ones are missing.
-if #ARGV ~= 3 + realms + #KEYS then return redis.error_reply('ERR incomplete') end
+if #ARGV ~= 3 + realms + #KEYS then return redis.error_reply('INCOMPLETE ' .. echo) end
 local ours, known, gone, ended = {}, {}, {}, 0
 for i = 4, 3 + realms do ours[ARGV[i]] = true end
 for i = 2, #KEYS do

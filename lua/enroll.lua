@@ -23,7 +23,8 @@
 --               session that was listed; then payload field, its data, and so on
 --   ARGV[last]  echo, behind every reply
 -- Returns echo; or, if it has to know which sessions of the index are live, the index entry of each, 32
--- bytes, .. echo, and nothing was done. Errors: IDTAKEN, NOSESSION, TOOMANY.
+-- bytes, .. echo, and nothing was done. Errors: IDTAKEN, NOSESSION, TOOMANY,
+-- INCOMPLETE.
 local echo, successor, ttl, idle = ARGV[#ARGV], ARGV[1], tonumber(ARGV[2]), ARGV[4]
 local tries, tried = KEYS[3], tonumber(ARGV[3])
 local new, index, id, started, generation = KEYS[1], KEYS[2], ARGV[5], ARGV[6], ARGV[7]
@@ -33,7 +34,9 @@ local realms, listed, payloads = tonumber(ARGV[12]), tonumber(ARGV[13]), tonumbe
 local grows = true -- whether it may take memory
 
 -- If the network lost a digit of how many words there are, the last ones are missing.
-if #ARGV ~= 15 + realms + listed + 2 * payloads then return redis.error_reply('ERR incomplete') end
+if #ARGV ~= 15 + realms + listed + 2 * payloads then
+  return redis.error_reply('INCOMPLETE ' .. echo)
+end
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
 -- writes after TIME if it does.
@@ -51,10 +54,6 @@ if redis.call('EXISTS', new, tries) > 0 then
   if late or redis.call('EXISTS', new) == 1 then return redis.error_reply('IDTAKEN ' .. echo) end
 end
 if ttl and ttl <= 0 then return echo end
-if tried > 0 then
-  local noted = redis.pcall('SET', tries, tried, 'PX', 3600000)
-  if noted.err then return redis.error_reply(noted.err .. ' ' .. echo) end
-end
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -132,7 +131,12 @@ if full or due or listed > 0 then
     return table.concat(entries) .. echo
   end
   if full and #live >= limit then
-    if evicts == '0' then return redis.error_reply('TOOMANY ' .. echo) end
+    if evicts == '0' then
+      -- A try before this one, held up on its way, must not find room when the caller has given up.
+      local noted = tried > 0 and redis.pcall('SET', tries, tried, 'PX', 3600000)
+      if noted and noted.err then return redis.error_reply(noted.err .. ' ' .. echo) end
+      return redis.error_reply('TOOMANY ' .. echo)
+    end
     excess = #live - limit + 1
     table.sort(live)
     for i = 1, excess do live[i] = {live[i], keys[live[i]]} end
@@ -140,6 +144,10 @@ if full or due or listed > 0 then
 end
 
 -- All that can fail comes first, or is undone.
+if tried > 0 then
+  local noted = redis.pcall('SET', tries, tried, 'PX', 3600000)
+  if noted.err then return redis.error_reply(noted.err .. ' ' .. echo) end
+end
 local entry = started .. id
 local written = redis.pcall('ZADD', index, string.format('%.0f', ends), entry)
 if type(written) == 'table' then return redis.error_reply(written.err .. ' ' .. echo) end

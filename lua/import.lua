@@ -4,12 +4,12 @@
 --   ARGV[2]     how many payloads there are
 --   ARGV[3..]   payload field and what stands there, and so on: all that `export` returned
 --   ARGV[last]  echo, behind every reply
--- Returns echo. Errors: NOSESSION.
+-- Returns echo. Errors: NOSESSION, INCOMPLETE.
 local session, echo, fingerprint = KEYS[1], ARGV[#ARGV], ARGV[1]
 local grows = true -- whether it may take memory
 
 -- If the network lost a digit of how many words there are, the last ones are missing.
-if #ARGV ~= 3 + 2 * tonumber(ARGV[2]) then return redis.error_reply('ERR incomplete') end
+if #ARGV ~= 3 + 2 * tonumber(ARGV[2]) then return redis.error_reply('INCOMPLETE ' .. echo) end
 
 local own = redis.call('HGET', session, 'fp')
 -- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.

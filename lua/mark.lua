@@ -9,15 +9,19 @@ local key, echo = KEYS[1], ARGV[1]
 -- writes after TIME if it does.
 if redis.replicate_commands then redis.replicate_commands() end
 
-local left = redis.call('PTTL', key)
+-- In this order its end may come to be a millisecond earlier, if the clock goes on, but never later.
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local left, written = redis.call('PTTL', key), nil
 if left >= 0 then
-  -- Its own end, or a millisecond before. That takes no memory, which a full server would refuse.
-  local time = redis.call('TIME')
-  local now = time[1] * 1000 + math.floor(time[2] / 1000)
-  redis.call('PEXPIREAT', key, string.format('%.0f', now + left))
+  written = redis.pcall('PEXPIREAT', key, string.format('%.0f', now + left))
 elseif left == -2 then
-  local written = redis.pcall('HSET', key, 'mark', '')
-  if written ~= 1 then return redis.error_reply(written.err .. ' ' .. echo) end
+  -- A full server refuses what takes memory only if it is a script's first write.
+  written = redis.pcall('HDEL', key, 'mark')
+end
+if type(written) == 'table' then return redis.error_reply(written.err .. ' ' .. echo) end
+if left == -2 then
+  redis.call('HSET', key, 'mark', '')
   redis.call('UNLINK', key)
 end
 return echo

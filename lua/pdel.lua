@@ -2,12 +2,10 @@
 --   KEYS[1]  the session's hash
 --   ARGV[1]  fingerprint of the token
 --   ARGV[2]  payload field
---   ARGV[3]  nonce: 8 bytes that this deletion alone has, and keeps if it is sent again
---   ARGV[4]  number of this try: how often this same deletion was sent before and may have run
---   ARGV[5]  echo, behind every reply
+--   ARGV[3]  nonce: 7 bytes that this deletion alone has, and keeps if it is sent again
+--   ARGV[4]  echo, behind every reply
 -- Returns echo. Errors: NOSESSION, NOPAYLOAD.
-local session, echo, fingerprint, field = KEYS[1], ARGV[5], ARGV[1], ARGV[2]
-local nonce, tried = ARGV[3], ARGV[4]
+local session, echo, fingerprint, field, nonce = KEYS[1], ARGV[4], ARGV[1], ARGV[2], ARGV[3]
 local grows = false -- whether it may take memory
 
 local found = redis.call('HMGET', session, 'fp', field, 'did')
@@ -41,14 +39,17 @@ end
 -- Sent again, or held up on its way: it ran, whatever has been stored since.
 local did = found[3] or ''
 for at = 1, #did, 8 do
-  if string.sub(did, at, at + 7) == nonce then return echo end
+  if string.sub(did, at, at + 6) == nonce then
+    if string.sub(did, at + 7, at + 7) == '1' then return echo end
+    return redis.error_reply('NOPAYLOAD ' .. echo)
+  end
 end
--- The last 8 are known: a field of up to 64 bytes costs little.
+-- The last 8 are known, and what they came to: a field of up to 64 bytes costs little.
 did = string.sub(did, -56) .. nonce
 if found[2] then
   local deleted = redis.pcall('HDEL', session, field)
   if deleted ~= 1 then return redis.error_reply(deleted.err .. ' ' .. echo) end
-  redis.call('HSET', session, 'did', did)
+  redis.call('HSET', session, 'did', did .. '1')
   return echo
 end
 
@@ -68,10 +69,6 @@ end
 local live = timed_payload(string.sub(field, 2))
 local deleted = redis.pcall('HDEL', session, ';' .. string.sub(field, 2))
 if type(deleted) == 'table' then return redis.error_reply(deleted.err .. ' ' .. echo) end
-if not live then
-  -- Its first try may still come.
-  if tried ~= '0' then redis.pcall('HSET', session, 'did', did) end
-  return redis.error_reply('NOPAYLOAD ' .. echo)
-end
-redis.call('HSET', session, 'did', did)
+redis.call('HSET', session, 'did', did .. (live and '1' or '0'))
+if not live then return redis.error_reply('NOPAYLOAD ' .. echo) end
 return echo

@@ -8,12 +8,12 @@
 --   ARGV[5]     how many payloads there are
 --   ARGV[6..]   payload field, its data, and so on
 --   ARGV[last]  echo, behind every reply
--- Returns echo. Errors: IDTAKEN.
+-- Returns echo. Errors: IDTAKEN, INCOMPLETE.
 local session, tries, echo, fingerprint, idle = KEYS[1], KEYS[2], ARGV[#ARGV], ARGV[1], ARGV[4]
 local ttl, tried, payloads = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[5])
 
 -- If the network lost a digit of how many words there are, the last ones are missing.
-if #ARGV ~= 6 + 2 * payloads then return redis.error_reply('ERR incomplete') end
+if #ARGV ~= 6 + 2 * payloads then return redis.error_reply('INCOMPLETE ' .. echo) end
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
 -- writes after TIME if it does.

@@ -251,19 +251,15 @@ class Commands:
     def pdel(self, token: str | bytes, name: str) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
         # A later payload of that name is not this call's to delete: the nonce tells a repetition.
-        args = (fingerprint, field_arg(name), os.urandom(NONCE_BYTES))
-
-        def repeat(command: Command[None]) -> Command[None]:
-            return command._replace(args=(*args, b"%d" % (int(command.args[3]) + 1)))
-
+        args = (fingerprint, field_arg(name), os.urandom(NONCE_BYTES - 1))
         return Command(
             scripts.PDEL,
             keys,
-            (*args, b"0"),
+            args,
             nothing,
             session_id,
             name,
-            repeat=repeat,
+            repeat=again,
             replicas=self._replicas,
         )
 

@@ -159,7 +159,7 @@ class Client:
     ) -> None:
         session_id, _, fingerprint = self.verify(token)
         keys = [key_of(session_id), tries_of(session_id)]
-        args = (number(ttl), number(tried), idle, *pairs(payloads))
+        args = (number(ttl), number(tried), idle, number(len(payloads)), *pairs(payloads))
         self.call("start", keys, fingerprint, *args, elsewhere=not tried)
 
     def touch(self, token: str) -> None:
@@ -221,7 +221,7 @@ class Client:
         return items(self.ask("export", token, take))
 
     def import_fields(self, token: str, *fields: bytes) -> None:
-        self.ask("import", token, *fields)
+        self.ask("import", token, number(len(fields) // 2), *fields)
 
     def end(self, token: str) -> None:
         self.ask("end", token)
@@ -244,7 +244,7 @@ class Client:
         self.ask("pset_if", token, field(name), data, condition, expected, end)
 
     def pset_many(self, token: str, payloads: dict[str, bytes]) -> None:
-        self.ask("pset_many", token, *pairs(payloads))
+        self.ask("pset_many", token, number(len(payloads)), *pairs(payloads))
 
     def pget(self, token: str, name: str) -> bytes:
         return self.ask("pget", token, field(name))
@@ -256,7 +256,7 @@ class Client:
         return payloads_of(self.ask("pall", token))
 
     def pdel(self, token: str, name: str) -> None:
-        self.send_pdel(token, name, secrets.token_bytes(8))
+        self.send_pdel(token, name, secrets.token_bytes(7))
 
     def send_pdel(self, token: str, name: str, nonce: bytes) -> None:
         self.ask("pdel", token, field(name), nonce)
@@ -311,7 +311,8 @@ class Client:
                 *(fingerprint, ttl, number(tried), idle, session_id.encode(), started),
                 *(number(generation), source_fingerprint, source_id.encode()),
                 *(number(self.limit), b"1" if self.evicts else b"0"),
-                *(number(len(subs)), number(len(entries)), *subs, *entries, *fields),
+                *(number(len(subs)), number(len(entries)), number(len(fields) // 2)),
+                *(*subs, *entries, *fields),
             )
             if not answer:
                 return
@@ -1150,7 +1151,7 @@ def test_an_enroll_that_is_sent_again(client: Client) -> None:
 def test_a_deletion_that_is_sent_again(client: Client) -> None:
     """A repeated pdel succeeds, and leaves what was stored after it: so do those of the last 8."""
     token = client.start(300, {"user": b"x"})
-    nonces = [secrets.token_bytes(8) for _ in range(8)]
+    nonces = [secrets.token_bytes(7) for _ in range(8)]
     for nonce in nonces:
         client.pset(token, "user", b"y")
         client.send_pdel(token, "user", nonce)
@@ -1161,6 +1162,10 @@ def test_a_deletion_that_is_sent_again(client: Client) -> None:
     client.pdel(token, "user")
     with refused("NOPAYLOAD"):
         client.send_pdel(token, "user", nonces[0])
+    client.pset(token, "user", b"z")
+    with refused("NOPAYLOAD"):
+        client.send_pdel(token, "user", nonces[0])
+    assert client.pget(token, "user") == b"z"
 
 
 def test_an_end_that_is_sent_again(client: Client) -> None:
@@ -1324,6 +1329,9 @@ def test_a_server_that_became_a_replica(own_client: Client, own_server: Server) 
             client.start(300, {}, subject)
     with read_only():
         client.touch(used)  # use has to be written
+    for key in (key_of(client.verify(token).session_id), key_of("A" * 16)):
+        with read_only():
+            client.mark(key)
     for listing in (client.sessions, client.end_all):
         with read_only(broken_off=True):
             listing("zoë")
@@ -1537,10 +1545,12 @@ def test_a_hash_holds_what_the_page_says(client: Client, server: Server) -> None
     token = client.renew(client.renew(first))
     client.pset_if(token, "timed", b"2", ttl=50)
     client.pincr(token, "timed")
-    nonces = [b"nonce %02d" % n for n in range(10)]
-    for nonce in nonces:
+    nonces = [b"nonce%02d" % n for n in range(10)]
+    for nonce in nonces[:-1]:
         client.pset(token, "b", b"")
         client.send_pdel(token, "b", nonce)
+    with refused("NOPAYLOAD"):
+        client.send_pdel(token, "b", nonces[-1])
     again = client.start(300, {"a": b"1"})
     for tried in (1, 2):
         client.send_start(again, 300, {}, tried=tried)
@@ -1575,7 +1585,7 @@ def test_a_hash_holds_what_the_page_says(client: Client, server: Server) -> None
     for end, seconds in (*((old[16:], 10) for old in earlier), (held[";timed"][:13], 50)):
         assert (seconds - 1) * 1000 < int(end) - now_ms <= seconds * 1000
     assert held[";timed"][13:] == b"3"
-    assert held["did"] == b"".join(nonces[-8:])
+    assert held["did"] == b"1".join(nonces[-8:]) + b"0"
     assert (listed, score) == (entry(info), info.ends_ms)
 
 

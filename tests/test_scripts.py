@@ -164,7 +164,7 @@ def test_every_redis_key_is_declared(name: str) -> None:
             assert re.fullmatch(sources[key], value), f"{key} is {value}"
     for of_list in {use for use in used if "[" in use}:
         assert name == "enroll", of_list
-        assert "keys[ARGV[13 + realms + i]] = KEYS[first + i]" in code(name)
+        assert "keys[ARGV[14 + realms + i]] = KEYS[first + i]" in code(name)
         assert "live[i] = {live[i], keys[live[i]]}" in code(name)
 
 
@@ -333,7 +333,9 @@ def new() -> New:
 
 
 def start(one: New, tried: int = 0, ttl: bytes = b"300", idle: bytes = NONE) -> Call:
-    return Call("start", [one.session, one.tries], [TOKEN, ttl, b"%d" % tried, idle, b":a", b"1"])
+    return Call(
+        "start", [one.session, one.tries], [TOKEN, ttl, b"%d" % tried, idle, b"1", b":a", b"1"]
+    )
 
 
 def enroll(
@@ -345,7 +347,7 @@ def enroll(
 ) -> Call:
     """Open a session of the subject, knowing of others."""
     args = [ttl, b"%d" % tried, NONE, one.id, STARTED, b"0", NONE, NONE, *limit, b"1"]
-    listed = [b"%d" % len(others), SUB, *(other.entry for other in others)]
+    listed = [b"%d" % len(others), b"1", SUB, *(other.entry for other in others)]
     keys = [one.session, INDEX, one.tries, *(other.session for other in others)]
     return Call("enroll", keys, [TOKEN, *args, *listed, b":a", b"1"])
 
@@ -353,7 +355,7 @@ def enroll(
 def sign_in(one: New, source: New, tried: int = 0, token: bytes = TOKEN) -> Call:
     """Give the subject a session that is open."""
     given = [NONE, b"%d" % tried, NONE, one.id, NONE, b"2", token, source.id]
-    args = [OF_ZO, *given, b"5", b"1", b"1", b"0", SUB]
+    args = [OF_ZO, *given, b"5", b"1", b"1", b"0", b"0", SUB]
     return Call("enroll", [one.session, INDEX, one.tries, source.session], args)
 
 
@@ -378,19 +380,19 @@ def calls() -> list[Call]:
         Call("renew", session, [TOKEN, NEWER, b"1", b"10", b"realm...", b"a nonce."]),
         Call("pset", session, [NEWER, b":b", b"2"]),
         Call("pset_if", session, [NEWER, b":c", b"3", b"absent", NONE, b"100"]),
-        Call("pset_many", session, [NEWER, b":d", b"4", b":e", b"5"]),
+        Call("pset_many", session, [NEWER, b"2", b":d", b"4", b":e", b"5"]),
         Call("pincr", session, [NEWER, b":c", b"5"]),
         Call("pget", session, [NEWER, b":c"]),
         Call("pget", session, [NEWER, b":d"]),
         Call("pget_many", session, [NEWER, b":c", b":d"]),
         Call("pall", session, [NEWER]),
         Call("ppop", session, [NEWER, b":c"]),
-        Call("pdel", session, [NEWER, b":e", b"a nonce."]),
-        Call("pdel", session, [NEWER, b":e", b"a nonce."]),
+        Call("pdel", session, [NEWER, b":e", b"a nonce"]),
+        Call("pdel", session, [NEWER, b":e", b"a nonce"]),
         Call("pset_if", session, [NEWER, b":f", b"6", NONE, NONE, b"100"]),
-        Call("pdel", session, [NEWER, b":f", b"another."]),
+        Call("pdel", session, [NEWER, b":f", b"another"]),
         Call("export", session, [NEWER, b"0"]),
-        Call("import", session, [NEWER, b":a", b"9", b":b", b"8"]),
+        Call("import", session, [NEWER, b"2", b":a", b"9", b":b", b"8"]),
         Call("mark", session, []),
         sign_in(second, first, token=NEWER),
         Call("expire", [second.session], [OF_ZO, b"300"]),
@@ -668,7 +670,7 @@ def test_a_deletion_that_comes_late_deletes_nothing(server: Server) -> None:
     with server.client() as client:
         start(one).run(client)
         for ttl in (NONE, b"100"):
-            for nonce in (b"nonce %02d" % n for n in range(20)):
+            for nonce in (b"nonce%02d" % n for n in range(20)):
                 delete = Call("pdel", [one.session], [TOKEN, b":a", nonce])
                 store = Call("pset_if", [one.session], [TOKEN, b":a", b"2", NONE, NONE, ttl])
                 store.run(client)
@@ -677,6 +679,21 @@ def test_a_deletion_that_comes_late_deletes_nothing(server: Server) -> None:
                 delete.run(client)
                 assert Call("pget", [one.session], [TOKEN, b":a"]).run(client) == b"2"
                 assert client.hstrlen(one.session, "did") <= 64
+
+
+def test_a_deletion_that_found_nothing_finds_nothing_later(server: Server) -> None:
+    """A `pdel` whose repetition was told that there is no payload deletes none that came since."""
+    one = new()
+    with server.client() as client:
+        start(one).run(client)
+        delete = Call("pdel", [one.session], [TOKEN, b":b", b"a nonce"])
+        with refused("NOPAYLOAD"):
+            delete.run(client)
+        for ttl in (NONE, b"100"):
+            Call("pset_if", [one.session], [TOKEN, b":b", b"2", NONE, NONE, ttl]).run(client)
+            with refused("NOPAYLOAD"):
+                delete.run(client)
+            assert Call("pget", [one.session], [TOKEN, b":b"]).run(client) == b"2"
 
 
 # --- a mark ---
