@@ -66,7 +66,10 @@ def table(title: str) -> dict[str, str]:
 V1 = re.compile(r"v1\.([A-Za-z0-9]{16})\.([0-9a-f]{64})")
 V2 = re.compile(r"v2\.([A-Za-z0-9]{16})\.([1-9][0-9]{0,17})\.([0-9a-f]{64})")
 LETTERS = string.ascii_letters + string.digits
-CODES = {"IDTAKEN", "NOSESSION", "NOPAYLOAD", "CONFLICT", "NOCOUNTER", "OVERFLOW", "TOOMANY"}
+CODES = {
+    *("IDTAKEN", "NOSESSION", "NOPAYLOAD", "CONFLICT", "NOCOUNTER", "OVERFLOW", "TOOMANY"),
+    "INCOMPLETE",
+}
 NOT_NOW = {"LOADING", "BUSY", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN"}
 
 
