@@ -66,7 +66,7 @@ class Call(Generic[R]):
         clock: seconds of a clock that never goes back.
     """
 
-    __slots__ = ("_clock", "_repeats", "_short", "command", "due", "pause", "result")
+    __slots__ = ("_clock", "_repeats", "_short", "_unknown", "command", "due", "pause", "result")
 
     def __init__(self, command: Command[R], due: float, clock: Callable[[], float]) -> None:
         self.command = command
@@ -75,6 +75,7 @@ class Call(Generic[R]):
         self.result: R
         self._clock = clock
         self._repeats = 0
+        self._unknown: Exception | None = None  # what left open whether an earlier try ran
         self._short: tuple[int, int, Exception | None] | None = None
 
     def goes_on(self, answer: Answer) -> bool:
@@ -91,17 +92,19 @@ class Call(Generic[R]):
                 answer = self._noted(answer)
         try:
             result = command.result(answer)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # `_given_up` raises it
             following = self._after(error, certain=certain)
             if following is not None:
                 self.command = following
                 return True
-            if not (command.only_waits and isinstance(error, redis_errors.RedisError)):
-                raise
-            result = command.result(self._noted(Written(b"", 0, error)))
+            result = self._given_up(error)
         finally:
             del answer  # an error refers to this frame: the two would keep each other
+        return self._has_result(result)
+
+    def _has_result(self, result: R | Command[R]) -> bool:
         self.pause = 0.0
+        self._unknown = None
         if isinstance(result, Command):
             self.command = result
             return True
@@ -110,6 +113,20 @@ class Call(Generic[R]):
             had, wanted, cause = self._short
             raise UnderReplicatedError(had, wanted, result) from cause
         return False
+
+    def _given_up(self, error: Exception) -> R | Command[R]:
+        """Raise the error of the operation; or its result, if that had but to be waited for."""
+        unknown, self._unknown = self._unknown, None
+        try:
+            if isinstance(error, redis_errors.RedisError):
+                if self.command.only_waits:
+                    return self.command.result(self._noted(Written(b"", 0, error)))
+                if unknown is not None and not lost(error):
+                    # That this try did not run does not say that of those before.
+                    raise unknown from error
+            raise error
+        finally:
+            del error, unknown  # they refer to this frame: they would keep each other
 
     def _noted(self, answer: Written) -> bytes:
         reply, had, error = answer
@@ -127,7 +144,11 @@ class Call(Generic[R]):
         following = command.recover(command, error) if command.recover else None
         if following is None and passes(error):
             following = command if certain else _repeated(command)
-            return following if following is not None and self._has_time() else None
+            if following is None or not self._has_time():
+                return None
+            if not certain and self._unknown is None:
+                self._unknown = error
+            return following
         return following
 
     def _has_time(self) -> bool:

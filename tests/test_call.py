@@ -1,7 +1,11 @@
 """What is sent again, how often and until when: the rule of both gates, without a server."""
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from copy import copy
 
 import pytest
 from redis import exceptions as redis_errors
@@ -134,6 +138,42 @@ def test_nothing_is_sent_again_after_the_deadline() -> None:
     clock.now = 5.0
     with pytest.raises(redis_errors.TimeoutError):
         one.goes_on(ERRORS[1])
+
+
+def test_what_a_later_try_did_not_do_an_earlier_one_may_have() -> None:
+    """After a lost reply the error is that, if what was sent again was refused by the server."""
+    full = redis_errors.OutOfMemoryError("x")
+    lost = redis_errors.ConnectionError("x")
+    one = call(command(again))
+    assert one.goes_on(lost)
+    with pytest.raises(redis_errors.ConnectionError) as caught:
+        one.goes_on(full)
+    assert caught.value is lost
+    assert caught.value.__cause__ is full
+    one = call(command(again))
+    assert one.goes_on(lost)
+    with pytest.raises(SessionNotFoundError):
+        one.goes_on(Refusal("NOSESSION"))
+
+
+def test_an_error_keeps_nothing_alive() -> None:
+    """An error that a call ended with, or went on after, is gone with the last name for it."""
+
+    def ended(errors: list[Exception]) -> list[weakref.ref[Exception]]:
+        one = call(command(again))
+        seen = list(map(weakref.ref, errors))
+        while errors:
+            with suppress(redis_errors.RedisError):
+                one.goes_on(errors.pop(0))
+        return seen
+
+    gc.disable()
+    try:
+        seen = ended([copy(ERRORS[0]) for _ in range(5)])
+        seen += ended([copy(ERRORS[0]), redis_errors.OutOfMemoryError("x")])
+        assert [error() for error in seen] == [None] * 7
+    finally:
+        gc.enable()
 
 
 def test_a_forgotten_script_costs_no_repetition() -> None:
