@@ -15,8 +15,8 @@ help:
 	@echo "make test    the whole suite, on memory and on every server found"
 	@echo "make clean   removes what the others made: then PYTHON=python3.13 chooses another Python"
 	@echo "make check   lint, types and the suite"
-	@echo "make bench   speed and memory, as ratios; writes bench.json"
 	@echo "make torture campaigns of faults, for most of an hour; ARGS='--scale 0.1 sentinel' for a part"
+	@echo "make bench   speed and memory, as ratios; writes bench.json"
 
 # A URL of the environment is some other program's: the command line's counts.
 demo: $(VENV)/demo

@@ -6,12 +6,15 @@ is told, and hands in what came of it.
 
 import random
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from redis import exceptions as redis_errors
 
 from .command import Answer, Command, NotRun, Written
 from .errors import UnderReplicatedError
+
+if TYPE_CHECKING:
+    from .errors import Result
 
 R = TypeVar("R")
 
@@ -111,7 +114,7 @@ class Call(Generic[R]):
         self.result = result
         if self._short is not None:
             had, wanted, cause = self._short
-            raise UnderReplicatedError(had, wanted, result) from cause
+            raise UnderReplicatedError(had, wanted, cast("Result", result)) from cause
         return False
 
     def _given_up(self, error: Exception) -> R | Command[R]:

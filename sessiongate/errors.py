@@ -5,7 +5,8 @@ the caller as they are.
 """
 
 from collections.abc import Callable
-from typing import Any
+
+Result = str | bytes | int | None
 
 
 class SessionGateError(Exception):
@@ -140,9 +141,9 @@ class UnderReplicatedError(SessionGateError):
         min_replicas: how many were asked for.
     """
 
-    _told: tuple[Callable[[], object]] = (lambda: None,)
+    _told: tuple[Callable[[], Result]] = (lambda: None,)
 
-    def __init__(self, replicas: int, min_replicas: int, result: object = None) -> None:
+    def __init__(self, replicas: int, min_replicas: int, result: Result = None) -> None:
         super().__init__(replicas, min_replicas)
         self.replicas = replicas
         self.min_replicas = min_replicas
@@ -150,7 +151,7 @@ class UnderReplicatedError(SessionGateError):
         if result is not None:
             self._told = (lambda: result,)
 
-    def result(self) -> Any:
+    def result(self) -> Result:
         """What the call would have returned: of `start` and `renew` the token."""
         return self._told[0]()
 

@@ -568,6 +568,7 @@ class Sessions(RuleBasedStateMachine):
         held = dict(held)
         ring = self.gates[session.which, "any number"]._commands._ring
         own, old = held.pop(b"fp"), held.pop(b"old", b"")
+        assert len(held.pop(b"did", b"")) in range(0, 65, 8)
         assert own[:16] == ring.verify(session.token)[1]
         started, ends, idle = own[16:32], own[32:45], own[45:]
         assert session.created.may_be(at(int(started) / 1_000_000))
