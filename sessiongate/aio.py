@@ -9,9 +9,8 @@ from typing import Protocol, Self, TypeVar
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.client import Pipeline
 from redis.asyncio.cluster import ClusterNode
-from redis.asyncio.connection import ConnectionPool
+from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
@@ -27,6 +26,7 @@ from .errors import ConfigurationError, EventLoopError, GateClosedError
 from .gate import DEFAULT_PREFIX, DEFAULT_TIMEOUT, SessionGate
 from .keyspace import Keyspace, system_random
 from .lane import Batch, Lane, OneLoop, Waiting, Watch
+from .primaries import primary_of
 from .routes import AsyncRoutes, Journey
 from .subjects import Overflow
 from .timed import FOREVER, within_async
@@ -320,11 +320,7 @@ class AsyncSessionGate:
         if self._owns_client:
             await self._client.aclose()
             if isinstance(self._client, Redis):
-                pool = self._client.connection_pool
-                await pool.disconnect()
-                if isinstance(pool, SentinelConnectionPool):
-                    for sentinel in pool.sentinel_manager.sentinels:
-                        await sentinel.aclose()
+                await self._client.connection_pool.disconnect()
 
     async def __aenter__(self) -> Self:
         if self._closed:
@@ -373,7 +369,8 @@ class _Pooled:
     """Sends each command on a connection of the client's pool."""
 
     def __init__(self, pool: ConnectionPool, a_try: float) -> None:
-        self._pool = pool
+        self._primary = primary_of(pool)
+        self._pool: ConnectionPool = self._primary.pool if self._primary else pool
         self._a_try = a_try
         self._loop = OneLoop()
 
@@ -381,7 +378,7 @@ class _Pooled:
         loop = self._loop.check()
         limit = min(due, loop.time() + self._a_try)
         try:
-            connection = await within_async(limit, self._pool.get_connection(), self._pool.release)
+            connection = await within_async(limit, self._connection(limit), self._pool.release)
         except RedisError as error:
             return NotRun(error)
         except OSError as error:
@@ -417,9 +414,26 @@ class _Pooled:
                 await self._pool.release(connection)
         return waiting.answer.result()
 
+    async def _connection(self, due: float) -> AbstractConnection:
+        connection: AbstractConnection = await self._pool.get_connection()
+        if self._primary is None:
+            return connection
+        try:
+            if await self._primary.is_left_by(connection, due):
+                await connection.disconnect(nowait=True)
+                await connection.connect()
+                self._primary.noted(connection)
+        except BaseException:
+            await self._pool.release(connection)
+            raise
+        return connection
+
     async def close(self) -> None:
-        """Nothing but the check: the connections are the pool's."""
+        """Nothing but the check, mostly: the connections are the pool's."""
         self._loop.check()
+        if self._primary:
+            await self._pool.disconnect()
+            await self._primary.close()
 
 
 class _Server:

@@ -9,7 +9,6 @@ from typing import Self, TypeVar
 from redis import Redis, RedisCluster
 from redis.client import Pipeline
 from redis.cluster import ClusterPipeline
-from redis.sentinel import SentinelConnectionPool
 
 from .answers import SessionInfo
 from .arguments import Data, min_replicas_setting, timeout_setting
@@ -86,7 +85,6 @@ class SessionGate:
         if not isinstance(client, LaterCluster):
             refuse_stale_cache(client)
         self._client = client
-        self._owns_client = False
         self._timeout = timeout_setting(timeout)
         self._commands = Commands(
             SignKeyRing(sign_key),
@@ -138,7 +136,7 @@ class SessionGate:
             ...     gate.verify(gate.start(300)).isalnum()
             True
         """
-        gate = cls(
+        return cls(
             client_from_url(url),  # type: ignore[arg-type]  # what makes a cluster client later is ours alone
             sign_key=sign_key,
             prefix=prefix,
@@ -148,8 +146,6 @@ class SessionGate:
             min_replicas=min_replicas,
             random=random,
         )
-        gate._owns_client = True
-        return gate
 
     def start(
         self,
@@ -594,12 +590,6 @@ class SessionGate:
         """
         self._closed = True
         self._channel.close()
-        if self._owns_client and isinstance(self._client, Redis):
-            pool = self._client.connection_pool
-            pool.disconnect()
-            if isinstance(pool, SentinelConnectionPool):
-                for sentinel in pool.sentinel_manager.sentinels:
-                    sentinel.close()
 
     def __enter__(self) -> Self:
         if self._closed:

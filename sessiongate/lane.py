@@ -19,6 +19,7 @@ from redis.exceptions import RedisError, ResponseError
 from .call import lost, refuses
 from .command import PROBE, Answer, AnyCommand, NotRun, Written, mark_of
 from .errors import EventLoopError, GateClosedError
+from .primaries import primary_of
 from .routes import ASKING, REDIRECTIONS
 from .timed import FOREVER, within_async
 from .wire import (
@@ -354,7 +355,8 @@ class Lane:
         self._room = asyncio.Semaphore(max_waiting)
         self._waiting: OrderedDict[asyncio.Future[Answer], Waiting] = OrderedDict()
         self._loop = OneLoop()
-        self._pool = pool
+        self._primary = primary_of(pool)
+        self._pool: ConnectionPool = self._primary.pool if self._primary else pool
         self._connection, self._has_unread = self._new_connection()
         self._timeout: float | None = self._connection.socket_timeout
         self._a_try = a_try
@@ -399,7 +401,7 @@ class Lane:
         self._busy = True
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
-            if await self._is_usable():
+            if await self._is_usable(due):
                 await self._run(Batch([Waiting(command, answer, due, asking)], fresh=False), due)
             else:
                 self._waiting[answer] = Waiting(command, answer, due, asking)
@@ -428,6 +430,8 @@ class Lane:
             self._task.cancel()  # it may still be connecting, for nobody
             await asyncio.wait([self._task])
         await self._connection.disconnect()
+        if self._primary:
+            await self._primary.close()
 
     def _go_on(self) -> None:
         self._busy = True
@@ -452,7 +456,7 @@ class Lane:
         if self._unfinished is not None:
             await self._run(self._unfinished, self._unfinished.due)
         while self._waiting:
-            fresh = not await self._is_usable()
+            fresh = not await self._is_usable(next(iter(self._waiting.values())).due)
             if fresh:
                 try:
                     await self._connect()
@@ -501,11 +505,12 @@ class Lane:
         if not batch.sound:
             await self._connection.disconnect(nowait=True)
 
-    async def _is_usable(self) -> bool:
+    async def _is_usable(self, due: float) -> bool:
         """Whether there is a connection that the server has not closed, with nothing to read."""
         if not self._connection.is_connected:
             return False
-        if not await self._has_unread():
+        left = self._primary is not None and await self._primary.is_left_by(self._connection, due)
+        if not left and not await self._has_unread():
             return True
         await self._connection.disconnect(nowait=True)
         return False
@@ -525,6 +530,8 @@ class Lane:
             self._connection, self._has_unread = self._new_connection()
             await connection.disconnect(nowait=True)
             raise
+        if self._primary:
+            self._primary.noted(connection)
         # From here on a batch keeps the time, once for all of its replies.
         connection.socket_timeout = None
 

@@ -4,15 +4,17 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from redis import RedisCluster
 from redis import exceptions as redis_errors
 from redis.connection import ConnectionPool
 from redis.exceptions import RedisError, ResponseError
+from redis.sentinel import SentinelConnectionPool
 
 from .call import refuses
 from .command import PROBE, Answer, AnyCommand, NotRun, Written, mark_of
+from .primaries import Primary
 from .routes import ASKING, REDIRECTIONS, Journey, Routes
 from .timed import connection_of
 from .wire import UNREADABLE, may_be_garbled, misplaced, new_echo, pack, unpack, wait_for
@@ -42,10 +44,11 @@ class Lines:
             server that stands still leaves time to find another one.
     """
 
-    __slots__ = ("_closed", "_idle", "_pid", "_pool", "_timeout")
+    __slots__ = ("_closed", "_idle", "_pid", "_pool", "_primary", "_timeout")
 
     def __init__(self, pool: ConnectionPool, timeout: float) -> None:
-        self._pool = pool
+        self._primary = Primary(pool) if _is_watched(pool) else None
+        self._pool: ConnectionPool = self._primary.pool if self._primary else pool
         self._timeout = timeout / 2
         self._idle: list[Any] = []
         self._pid = os.getpid()
@@ -78,19 +81,28 @@ class Lines:
         if self._pid != os.getpid():
             # They are the parent's: to drop them here closes them for this process alone.
             self._idle, self._pid = [], os.getpid()
+            if self._primary:
+                self._primary.forked()
         try:
             connection = self._idle.pop()
         except IndexError:
             pass
         else:
             connection.expect(due)
-            if not _has_unread(connection):
+            if self._primary and self._primary.is_left_by(connection, due):
+                self._drop()
+            elif not _has_unread(connection):
                 return connection, False
             connection.disconnect()
+        return self._connected(due), True
+
+    def _connected(self, due: float) -> Any:
         connection = connection_of(self._pool, self._timeout)
         try:
             connection.connect_by(min(due, monotonic() + self._timeout))
             connection.expect(due)
+            if self._primary:
+                self._primary.noted(connection)
         except RedisError:
             connection.disconnect()
             raise
@@ -101,7 +113,7 @@ class Lines:
         except BaseException:
             connection.disconnect()  # its handshake may have been interrupted
             raise
-        return connection, True
+        return connection
 
     def _drop(self) -> None:
         while self._idle:
@@ -112,6 +124,8 @@ class Lines:
         """Close what is idle; what is in use is closed by who uses it."""
         self._closed = True
         self._drop()
+        if self._primary:
+            self._primary.close()
 
 
 class ClusterLines:
@@ -162,6 +176,10 @@ class ClusterLines:
         self._closed = True
         self._forget(set(self._lines))
         self._routes.close()
+
+
+def _is_watched(pool: ConnectionPool) -> TypeGuard[SentinelConnectionPool]:
+    return isinstance(pool, SentinelConnectionPool) and bool(pool.is_master)
 
 
 def _has_unread(connection: Any) -> bool:

@@ -95,6 +95,7 @@ async def within_async(
         redis.exceptions.TimeoutError: it was not done in time.
     """
     task = asyncio.create_task(work, name="sessiongate-connect")
+    task.add_done_callback(_seen)
     left = max(due - asyncio.get_running_loop().time(), 0)
     try:
         await asyncio.wait([task], timeout=None if due == FOREVER else left)
@@ -107,6 +108,11 @@ async def within_async(
     _late.add(ending)
     ending.add_done_callback(_late.discard)
     raise redis_errors.TimeoutError("Timeout connecting to server")
+
+
+def _seen(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()  # who gave it up asks no more, and nobody else is to be told
 
 
 async def _end(task: asyncio.Task[T], undo: Callable[[T], Awaitable[object]]) -> None:

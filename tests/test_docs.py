@@ -120,7 +120,7 @@ def test_a_page_that_is_true_passes(server: Server) -> None:
     ```
     ```lua
     if not data then return redis.error_reply('NOPAYLOAD ' .. echo) end
-    return echo .. data
+    return data .. echo
     ```
     ```redis
     > HSET a field "\\xff\\n\\"'\\\\ x"

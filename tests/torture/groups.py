@@ -103,8 +103,8 @@ def _is_classified(error: Exception) -> bool:
 
 
 def _binaries() -> list[tuple[str, Path]]:
-    """Redis 6.2 and 7, or whatever there is."""
-    found = list(server_binaries().items())
+    """Redis 7 and 6.2, or whatever there is."""
+    found = sorted(server_binaries().items(), reverse=True)
     wanted = [one for one in found if one[0].startswith(("redis-6.2", "redis-7"))]
     return wanted or found
 
