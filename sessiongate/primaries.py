@@ -24,11 +24,12 @@ from redis.sentinel import SentinelConnectionPool
 
 from .timed import within
 
-# Seconds that an answer of the sentinels is good for, that a look at them may take, and that one
-# of them may: with five of them, two of which stand still, a look succeeds.
+# Seconds that an answer of the sentinels is good for, that a call waits for one, and that one of
+# them may take: if the first stands still, the next is asked while it waits. After that the call
+# makes do with what is known, and so do others for a while; the answer counts when it comes.
 _GOOD_FOR = 1.0
-_LOOK = 1.0
-_A_SENTINEL = 0.4
+_WAIT = 0.4
+_A_SENTINEL = 0.3
 _TIMEOUTS = ("socket_timeout", "socket_connect_timeout")
 
 
@@ -73,7 +74,7 @@ class Primary(_Known):
     def is_left_by(self, connection: Any, due: float) -> bool:
         """Whether an open connection does not lead to it any more."""
         if self._is_old():
-            due = min(due, monotonic() + _LOOK)
+            due = min(due, monotonic() + _WAIT)
             if self._lock.acquire(timeout=max(due - monotonic(), 0)):
                 try:
                     if self._is_old():
@@ -83,11 +84,9 @@ class Primary(_Known):
         return self._is_elsewhere(connection)
 
     def _look(self, due: float) -> None:
-        found: list[tuple[str, int]] = []
-        # If they cannot be asked, what is known has to do, for a while.
+        self._learnt(None)
         with suppress(redis_errors.RedisError):
-            within(due, lambda: found.append(self.pool.get_master_address()), lambda: None)
-        self._learnt(found[0] if found else None)
+            within(due, lambda: self._learnt(self.pool.get_master_address()), lambda: None)
 
     def close(self) -> None:
         """Close the connections to the sentinels."""
@@ -114,8 +113,9 @@ class AsyncPrimary(_Known):
         if self._is_old():
             if self._looking is None:
                 self._looking = asyncio.create_task(self._look(), name="sessiongate-primary")
-            left = max(min(due - asyncio.get_running_loop().time(), _LOOK), 0)
+            left = max(min(due - asyncio.get_running_loop().time(), _WAIT), 0)
             await asyncio.wait([self._looking], timeout=left)
+            self._learnt(None)
         return self._is_elsewhere(connection)
 
     async def _look(self) -> None:

@@ -209,9 +209,7 @@ async def test_an_altered_reply_spoils_no_batch(server: Server) -> None:
             token = await gate.start(300, {f"{n}": f"{n:06}" for n in range(40)})
             await asyncio.gather(*(gate.pset(token, "x", "x") for _ in range(3)))
             proxy.alter = alter
-            commands = [
-                gate._commands.pget(token, f"{n}")._replace(repeat=None) for n in range(40)
-            ]
+            commands = [gate._commands.pget(token, f"{n}")._replace(repeat=None) for n in range(40)]
             answers = await asyncio.gather(*map(gate._run, commands), return_exceptions=True)
     wrong = [answer for answer in answers if isinstance(answer, Exception)]
     assert len(wrong) == len(altered) == 1
@@ -641,9 +639,7 @@ async def test_an_error_that_names_a_state_of_the_server(server: Server) -> None
             token = await gate.start(300, {f"{n}": f"{n:06}" for n in range(40)})
             await asyncio.gather(*(gate.pset(token, "x", "x") for _ in range(3)))
             proxy.alter = alter
-            commands = [
-                gate._commands.pget(token, f"{n}")._replace(repeat=None) for n in range(40)
-            ]
+            commands = [gate._commands.pget(token, f"{n}")._replace(repeat=None) for n in range(40)]
             answers = await asyncio.gather(*map(gate._run, commands), return_exceptions=True)
     wrong = [answer for answer in answers if isinstance(answer, Exception)]
     assert [type(answer) for answer in wrong] == [redis.BusyLoadingError]

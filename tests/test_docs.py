@@ -132,9 +132,9 @@ def test_a_page_that_is_true_passes(server: Server) -> None:
     (error) WRONGTYPE ...
     > GET b
     (nil)
-    > EVAL <end.lua> 1 a echo fingerprint
+    > EVAL <end.lua> 1 a fingerprint echo
     (error) NOSESSION echo
-    > EVALSHA <sha1 of end.lua> 1 a echo fingerprint
+    > EVALSHA <sha1 of end.lua> 1 a fingerprint echo
     (error) NOSESSION echo
     ```
     """

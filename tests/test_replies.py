@@ -22,8 +22,8 @@ from redis.exceptions import (
 )
 
 from sessiongate import PayloadNotFoundError, SessionGate, SessionNotFoundError, wire
-from sessiongate.lines import Lines
 from sessiongate.lane import Lane
+from sessiongate.lines import Lines
 
 from .conftest import SIGN_KEY, Backend, Blocking, Flavour
 from .proxy import Proxy
