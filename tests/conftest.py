@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         params = call.params if call else {}
         if params.get("flavour") != POOLED:
             return True
-        return {params.get("backend", CLUSTERED), params.get("server", CLUSTERED)} <= met
+        return {params.get(of, CLUSTERED) for of in ("backend", "server", "sentinels")} <= met
 
     items[:] = filter(adds_something, items)
 

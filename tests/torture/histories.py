@@ -292,7 +292,7 @@ class Client:
         if kind == "pincr":
             return Operation(kind, "hits", by=dice.choice([1, 10, 100]), token=token)
         if kind == "renew":
-            return Operation(kind, grace=dice.random() < 0.95, token=token)
+            return Operation(kind, grace=dice.random() < 0.8, token=token)
         if kind.endswith("_many"):
             many = held({name: self._new() for name in dice.sample(_NAMES, 2)})
             return Operation(kind, many=many, token=token)
