@@ -445,7 +445,7 @@ def each(cases: list[Case]) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def scene(flavour: Flavour) -> Iterator[Scene]:
-    # One server: what a network loses does not depend on its version, and test_scripts has them all.
+    # One server: what a network loses depends on no version, and test_scripts has them all.
     server = running(CLUSTERED)
     with FaultProxy(server.port) as proxy, server.client() as client:
         client.flushall()
