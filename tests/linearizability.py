@@ -214,15 +214,11 @@ def judge(
             taken effect before the session ended.
         budget: how many states are looked at before the history counts as undecided.
     """
-    answered: list[Call] = []
-    unanswered: list[Call] = []
-    for call in history:
-        if call.answer is not UNKNOWN:
-            answered.append(call)
-        if call.answer is UNKNOWN or (
-            repeats and call.answer is No.SESSION and _may_hide(call.operation)
-        ):
-            unanswered.append(call)
+    calls = list(history)
+    answered = [call for call in calls if call.answer is not UNKNOWN]
+    unanswered = [call for call in calls if call.answer is UNKNOWN]
+    if repeats:
+        unanswered += [call for call in answered if _may_hide(call, calls)]
     answered.sort(key=lambda call: call.begun)
     # Those that nobody saw the effect of had none, most often: without them it is a short search.
     glance = _Glance(answered)
@@ -264,12 +260,21 @@ class _Glance:
         return data in self._data or name in self._counters
 
 
-def _may_hide(operation: Operation) -> bool:
-    """Whether it may have taken effect, and found no session when it was sent again.
-
-    After a renewal without grace nobody else has a token that could end the session.
-    """
-    return operation.kind == "pdel" or (operation.kind == "renew" and operation.grace)
+def _may_hide(call: Call, calls: Iterable[Call]) -> bool:
+    """Whether it may have taken effect, and found no session when it was sent again."""
+    kind, token = call.operation.kind, call.operation.token
+    if call.answer is not No.SESSION or kind not in ("pdel", "renew"):
+        return False
+    if kind == "pdel" or call.operation.grace:
+        return True
+    # A renewal that ended its own token is known again, unless its successor was renewed as well:
+    # by somebody who came to that by an older token.
+    return any(
+        other.operation.kind == "renew"
+        and other.operation.token == token + 1
+        and other.begun < call.returned
+        for other in calls
+    )
 
 
 class _Place(NamedTuple):

@@ -192,6 +192,10 @@ def test_a_renewal_that_found_no_session_may_have_run() -> None:
     assert verdict([renewal], repeats=True) is Verdict.WRONG
     without_grace = call(2, 9, No.SESSION, "renew", grace=False)
     assert verdict([without_grace], repeats=True) is Verdict.WRONG
+    older = call(0, 1, 1, "renew"), call(3, 4, 2, "renew"), call(5, 6, 3, "renew", token=2)
+    without_grace = call(2, 9, No.SESSION, "renew", grace=False, token=1)
+    assert verdict([*older, without_grace], repeats=True) is Verdict.RIGHT
+    assert verdict([*older, without_grace]) is Verdict.WRONG
 
 
 def test_a_history_that_takes_too_long_is_undecided() -> None:

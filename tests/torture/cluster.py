@@ -27,6 +27,7 @@ from redis.exceptions import (
     ClusterDownError,
     ConnectionError,
     ReadOnlyError,
+    RedisError,
     TimeoutError,
 )
 
@@ -837,6 +838,22 @@ class _Primary:
         return pipeline.execute()
 
 
+def _ranges(client: Redis) -> frozenset[tuple[int, int, int]]:
+    """The slots from which to which are served at which port, as a server knows."""
+    served = client.execute_command("CLUSTER", "SLOTS")
+    return frozenset((first, last, port) for first, last, (_, port, *_rest), *_replicas in served)
+
+
+def _wait_for_whole(cluster: Cluster) -> None:
+    """Wait until the cluster serves all slots, and all of its servers agree on which serves which.
+
+    A replica that takes over before it has heard of a move takes the slot along, without its keys.
+    """
+    cluster.wait(_ELECTED)
+    clients = [cluster.client_of(server) for server in cluster.servers]
+    assert _until(lambda: len(set(map(_ranges, clients))) == 1, _ELECTED), "they do not agree"
+
+
 @contextmanager
 def _primaries(cluster: Cluster) -> Iterator[list[_Primary]]:
     """The primaries as they are now."""
@@ -844,10 +861,9 @@ def _primaries(cluster: Cluster) -> Iterator[list[_Primary]]:
         primaries = []
         for server in cluster.primaries():
             client = stack.enter_context(server.client())
-            ranges = client.execute_command("CLUSTER", "SLOTS")
             slots = {
                 slot
-                for first, last, (_, port, *_rest), *_replicas in ranges
+                for first, last, port in _ranges(client)
                 if port == server.port
                 for slot in range(first, last + 1)
             }
@@ -962,7 +978,7 @@ class _Failovers:
 
     def fail_over(self, kind: str) -> None:
         """Let a replica take over, and wait until the cluster is whole again."""
-        self._cluster.wait(_ELECTED)
+        _wait_for_whole(self._cluster)
         with _primaries(self._cluster) as primaries:
             failing = self._dice.choice(primaries)
             victim = failing.server
@@ -997,7 +1013,7 @@ class _Failovers:
             self._wait_for_all(fault)
             if killed:
                 victim.start()
-            self._cluster.wait(_ELECTED)
+            _wait_for_whole(self._cluster)
             fault.over = time.monotonic()
             self._log.add("failovers")
 
@@ -1025,9 +1041,9 @@ def _scan(cluster: Cluster, log: _Log) -> None:
             pipeline = client.pipeline(transaction=False)
             for key in keys:
                 pipeline.ttl(key)
-            for key, ttl in zip(keys, pipeline.execute(), strict=True):
-                if ttl == -1:
-                    log.fail(f"{key!r} has no TTL")
+            for key, ttl in zip(keys, pipeline.execute(raise_on_error=False), strict=True):
+                if not isinstance(ttl, int) or ttl == -1:
+                    log.fail(f"{key!r} has no TTL: {ttl}")
             log.add("keys with a TTL", len(keys))
 
 
@@ -1043,12 +1059,15 @@ def _run(dice: random.Random, scale: float) -> Tally:
         failing = _Failovers(cluster, log, dice, load.flavours)
         load.start()
         _until(lambda: log.counts["calls"] > 200, _BACK)  # there are sessions to move
-        for number in range(failovers):
-            cluster.set_node_timeout(_PATIENT_MS)
-            mover.move(moves * (number + 1) // failovers - moves * number // failovers)
-            cluster.set_node_timeout(_NODE_TIMEOUT_MS)
-            failing.fail_over(_KINDS[number % len(_KINDS)])
-        time.sleep(_AFTERMATH)
+        try:
+            for number in range(failovers):
+                cluster.set_node_timeout(_PATIENT_MS)
+                mover.move(moves * (number + 1) // failovers - moves * number // failovers)
+                cluster.set_node_timeout(_NODE_TIMEOUT_MS)
+                failing.fail_over(_KINDS[number % len(_KINDS)])
+            time.sleep(_AFTERMATH)
+        except (AssertionError, RedisError):
+            log.fail(f"the cluster itself failed: {traceback.format_exc()}")
         load.finish()
         _scan(cluster, log)
     return _tally(log, mover)
