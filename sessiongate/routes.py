@@ -106,8 +106,11 @@ class Journey:
     def end(self, answer: Answer) -> Answer:
         """What came of it: if it was only sent about, that the servers were not ready for it."""
         error = answer.error if isinstance(answer, NotRun) else answer
-        sent_on = isinstance(error, REDIRECTIONS)
-        return self._unready if sent_on and self._unready is not None else answer
+        if not isinstance(error, REDIRECTIONS):
+            return answer
+        if self._unready is not None:
+            return self._unready
+        return answer if self._due == FOREVER else NotRun(_too_long())
 
 
 class _Doubts:
@@ -418,6 +421,10 @@ def _unreachable(error: Exception) -> redis_errors.ConnectionError:
     if isinstance(error.__cause__, redis_errors.AuthenticationError):
         return copy(error.__cause__)
     return redis_errors.ConnectionError(f"{error}")
+
+
+def _too_long() -> redis_errors.TimeoutError:
+    return redis_errors.TimeoutError("Timeout while the servers of the cluster sent the call about")
 
 
 def _too_slow() -> redis_errors.TimeoutError:

@@ -267,13 +267,13 @@ def _may_hide(call: Call, calls: Iterable[Call]) -> bool:
         return False
     if kind == "pdel" or call.operation.grace:
         return True
-    # A renewal that ended its own token is known again, unless its successor was renewed as well:
-    # by somebody who came to that by an older token.
+    # A renewal that ended its own token is known again, unless somebody with an older token ended
+    # the session or renewed the successor as well.
     return any(
-        other.operation.kind == "renew"
-        and other.operation.token == token + 1
-        and other.begun < call.returned
+        other.operation.kind == "end"
+        or (other.operation.kind == "renew" and other.operation.token == token + 1)
         for other in calls
+        if other.begun < call.returned
     )
 
 

@@ -508,6 +508,9 @@ def test_redirections_go_on_until_they_are_due() -> None:
     assert not journey.goes_on(command, MovedError("1 a:1"), "here", 1.96)
     assert journey.end(MovedError("1 a:1")) == unready
     assert journey.end(b"x") == b"x"
+    lost = Journey(2.0).end(NotRun(MovedError("1 a:1")))
+    assert isinstance(lost, NotRun)
+    assert type(lost.error) is TimeoutError
 
 
 def test_what_goes_anywhere_does_not_wait_for_a_slot() -> None:
