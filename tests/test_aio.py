@@ -124,7 +124,7 @@ async def test_each_task_gets_its_own_answer(server: Server) -> None:
 
 async def test_ten_thousand_tasks_at_once(server: Server) -> None:
     """Ten thousand tasks are served over one connection; there is no pool to run out of."""
-    async with gate_on(server.port) as gate:
+    async with gate_on(server.port, timeout=60) as gate:
         before = connections(server)
         token = await gate.start(300, {f"{n}": f"{n}" for n in range(10_000)})
         answers = await asyncio.gather(*(gate.pget(token, f"{n}") for n in range(10_000)))

@@ -16,7 +16,7 @@ def test_the_bench_measures_every_figure(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -232,7 +232,8 @@ def test_keys_on_both_sides(flavour: Flavour, cluster: Cluster) -> None:
     migration.move(key_of(gate, other))
     command = with_two_keys(gate, token, other)
     began = time.monotonic()
-    with pytest.raises(TryAgainError):
+    # Or a timeout, if the last try is under way by then.
+    with pytest.raises((TryAgainError, TimeoutError)):
         gate._run(command)
     assert 0.5 < time.monotonic() - began < 1.5
     later = threading.Timer(0.2, migration.move, [key_of(gate, token)])
@@ -316,7 +317,12 @@ def test_a_primary_that_became_a_replica(
     cluster.wait_for(slot_of_token(gate, token), after)
     assert gate.pget(token, "user") == b"x"
     gate.pset(token, "user", "y")
-    assert port_of(gate, token) == after.port
+    # Nobody waits for the topology as long as servers send on what is not theirs.
+    deadline = time.monotonic() + 5
+    while port_of(gate, token) != after.port:
+        assert time.monotonic() < deadline
+        flavour.runner.run(asyncio.sleep(0.02))
+        gate.pset(token, "user", "y")
     cluster.wait()
 
 
@@ -693,6 +699,7 @@ def test_a_gate_of_a_url_closes_its_connections(flavours: list[Flavour], cluster
     """Options of redis-py follow the URL; closing the gate closes whatever it had connected."""
     for flavour in flavours:
         name = f"url-{flavour.name}"
+        flavour.logs_in = False  # the user of a gate may give it no name
         gate = flavour.gate_from_url(url_of(*cluster.servers, options=f"?client_name={name}"))
         tokens_everywhere(gate, cluster)
         assert all(name in names_at(server) for server in cluster.primaries())
