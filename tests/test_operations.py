@@ -35,7 +35,7 @@ def test_start_returns_a_token_and_the_session_has_its_ttl(
     """A session is one Redis key, named after the id in its token, with the ttl asked for."""
     token = gate.start(300)
     assert keys(backend) == {f"sg-session:{{{gate.verify(token)}}}".encode()}
-    assert 299_000 < ttl_ms(backend, gate, token) <= 300_000
+    assert 290_000 < ttl_ms(backend, gate, token) <= 300_000
 
 
 def test_start_stores_payloads(gate: SessionGate) -> None:
@@ -56,7 +56,7 @@ def test_start_takes_any_number_of_payloads(gate: SessionGate) -> None:
 def test_start_takes_a_timedelta(backend: Backend, gate: SessionGate) -> None:
     """A timedelta of whole seconds is a ttl."""
     token = gate.start(timedelta(minutes=5))
-    assert 299_000 < ttl_ms(backend, gate, token) <= 300_000
+    assert 290_000 < ttl_ms(backend, gate, token) <= 300_000
 
 
 def test_start_with_ttl_0_is_over_at_once(backend: Backend, gate: SessionGate) -> None:
@@ -112,7 +112,7 @@ def test_expire_moves_the_end(backend: Backend, gate: SessionGate) -> None:
     gate.expire(token, 600)
     assert 599_000 < ttl_ms(backend, gate, token) <= 600_000
     gate.expire(token, timedelta(seconds=100))
-    assert 99_000 < ttl_ms(backend, gate, token) <= 100_000
+    assert 90_000 < ttl_ms(backend, gate, token) <= 100_000
     assert gate.pget(token, "user") == b"x"
 
 
@@ -130,7 +130,7 @@ def test_pset_replaces_and_leaves_the_ttl(backend: Backend, gate: SessionGate) -
     for data in (b"short", b"long" * 1000, b"s"):
         gate.pset(token, "user", data)
         assert gate.pget(token, "user") == data
-    assert 99_000 < ttl_ms(backend, gate, token) <= 100_000
+    assert 90_000 < ttl_ms(backend, gate, token) <= 100_000
 
 
 @pytest.mark.parametrize("size", [1, 64, 65, 65_536, 65_537, 8_000_000])
@@ -172,7 +172,7 @@ def test_pdel_deletes_one_payload(backend: Backend, gate: SessionGate) -> None:
     with pytest.raises(PayloadNotFoundError):
         gate.pget(token, "user")
     assert gate.pget(token, "cart") == b"y"
-    assert 99_000 < ttl_ms(backend, gate, token) <= 100_000
+    assert 90_000 < ttl_ms(backend, gate, token) <= 100_000
 
 
 def test_pdel_of_a_missing_payload(gate: SessionGate) -> None:
@@ -192,7 +192,7 @@ def test_a_session_outlives_its_last_payload(backend: Backend, gate: SessionGate
     """Deleting the only payload leaves the session, with its end."""
     token = gate.start(100, {"user": "x"})
     gate.pdel(token, "user")
-    assert 99_000 < ttl_ms(backend, gate, token) <= 100_000
+    assert 90_000 < ttl_ms(backend, gate, token) <= 100_000
     gate.pset(token, "user", "z")
 
 
@@ -316,7 +316,7 @@ def test_an_id_that_exists_is_drawn_again(backend: Backend) -> None:
     second = gate.start(100, {"user": "2"})
     assert gate.verify(first) != gate.verify(second)
     assert gate.pget(first, "user") == b"1"
-    assert ttl_ms(backend, gate, first) > 299_000
+    assert ttl_ms(backend, gate, first) > 290_000
 
 
 def test_a_random_source_that_repeats_itself_is_reported(backend: Backend) -> None:
