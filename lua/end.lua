@@ -1,12 +1,14 @@
 -- Ends a session: it is gone, and all its payloads with it.
 --   KEYS[1]  the session's hash
 --   ARGV[1]  fingerprint of the token
---   ARGV[2]  echo, behind every reply
+--   ARGV[2]  '1' if this same call was sent before and may have run, else '0'
+--   ARGV[3]  echo, behind every reply
 -- Returns echo. Errors: NOSESSION.
-local session, echo, fingerprint = KEYS[1], ARGV[2], ARGV[1]
+local session, echo, fingerprint, again = KEYS[1], ARGV[3], ARGV[1], ARGV[2]
 local grows = false -- whether it may take memory
 
 local own = redis.call('HGET', session, 'fp')
+if not own and again == '1' then return echo end -- the work of the try before
 -- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.
 if not own or #own > 32 or #fingerprint ~= 16 or string.find(own, fingerprint, 1, true) ~= 1 then
   if redis.replicate_commands then redis.replicate_commands() end

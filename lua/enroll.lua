@@ -2,12 +2,12 @@
 -- session that is there already under that id.
 --   KEYS[1]     the new session's hash
 --   KEYS[2]     the subject's index
---   KEYS[3]     the number of its last try, if it was tried more than once; kept for an hour
+--   KEYS[3]     there if nobody may be given that id any more; kept for an hour
 --   KEYS[4]     the hash of the session that is open, if ARGV[8] is given
 --   KEYS[4..]   or KEYS[5..]: the sessions' hashes, as this script listed them
 --   ARGV[1]     fingerprint of the new token, 16 bytes
 --   ARGV[2]     ttl: seconds from now; 0 stores nothing. '' with ARGV[8]
---   ARGV[3]     number of this try: how often this same call was sent before and may have run
+--   ARGV[3]     '1' if this same call was sent before and may have run, else '0'
 --   ARGV[4]     idle timeout: whole seconds, or '' for none. '' with ARGV[8]
 --   ARGV[5]     the new session's id
 --   ARGV[6]     when it was started: 16 digits of microseconds since 1970, or '' for now
@@ -26,7 +26,7 @@
 -- bytes, .. echo, and nothing was done. Errors: IDTAKEN, NOSESSION, TOOMANY,
 -- INCOMPLETE.
 local echo, successor, ttl, idle = ARGV[#ARGV], ARGV[1], tonumber(ARGV[2]), ARGV[4]
-local tries, tried = KEYS[3], tonumber(ARGV[3])
+local tries, again = KEYS[3], ARGV[3]
 local new, index, id, started, generation = KEYS[1], KEYS[2], ARGV[5], ARGV[6], ARGV[7]
 local session, fingerprint, session_id = nil, ARGV[8], ARGV[9]
 local limit, evicts = tonumber(ARGV[10]), ARGV[11]
@@ -42,16 +42,16 @@ end
 -- writes after TIME if it does.
 if redis.replicate_commands then redis.replicate_commands() end
 
-if redis.call('EXISTS', new, tries) > 0 then
-  local there = tried > 0 and redis.call('HGET', new, 'fp')
-  local ours = there and string.sub(there, 1, 16) == successor
-  -- Between this try and the first there are others: they may still come, when all is over.
-  local noted = ours and tried > 1 and redis.pcall('SET', tries, tried, 'PX', 3600000)
-  if noted and noted.err then return redis.error_reply(noted.err .. ' ' .. echo) end
-  if ours then return echo end
-  -- Held up on its way: it was sent again meanwhile, and what came of that may have ended since.
-  local late = tonumber(redis.call('GET', tries) or -1) >= tried
-  if late or redis.call('EXISTS', new) == 1 then return redis.error_reply('IDTAKEN ' .. echo) end
+-- Only the first try opens a session. If there is none, that one never came, is still on its way, or
+-- what it opened has ended: it must open nothing any more, and the caller goes on with another id.
+if again == '1' then
+  local there = redis.call('HGET', new, 'fp')
+  if there and string.sub(there, 1, 16) == successor then return echo end
+  local noted = redis.pcall('SET', tries, '', 'PX', 3600000)
+  if noted.err then return redis.error_reply(noted.err .. ' ' .. echo) end
+end
+if again == '1' or redis.call('EXISTS', new, tries) > 0 then
+  return redis.error_reply('IDTAKEN ' .. echo)
 end
 if ttl and ttl <= 0 then return echo end
 
@@ -132,9 +132,6 @@ if full or due or listed > 0 then
   end
   if full and #live >= limit then
     if evicts == '0' then
-      -- A try before this one, held up on its way, must not find room when the caller has given up.
-      local noted = tried > 0 and redis.pcall('SET', tries, tried, 'PX', 3600000)
-      if noted and noted.err then return redis.error_reply(noted.err .. ' ' .. echo) end
       return redis.error_reply('TOOMANY ' .. echo)
     end
     excess = #live - limit + 1
@@ -144,10 +141,6 @@ if full or due or listed > 0 then
 end
 
 -- All that can fail comes first, or is undone.
-if tried > 0 then
-  local noted = redis.pcall('SET', tries, tried, 'PX', 3600000)
-  if noted.err then return redis.error_reply(noted.err .. ' ' .. echo) end
-end
 local entry = started .. id
 local written = redis.pcall('ZADD', index, string.format('%.0f', ends), entry)
 if type(written) == 'table' then return redis.error_reply(written.err .. ' ' .. echo) end

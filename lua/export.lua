@@ -1,12 +1,14 @@
--- Reads all of a live session, or takes it away: for one that goes on in another slot.
+-- Reads all of a live session, or takes it away: for one that goes on in another slot. What was taken
+-- stays for a minute, without its fingerprint, so that it opens for no token: who took it may have to
+-- ask again.
 --   KEYS[1]  the session's hash
 --   ARGV[1]  fingerprint of the token
---   ARGV[2]  '1' to take it away, '0' to leave it
+--   ARGV[2]  fingerprint of the token that takes it, or '' to leave it
 --   ARGV[3]  echo, behind every reply
 -- Returns a list .. echo: when it was started, in microseconds since 1970; the seconds to its end at
 -- the latest; its idle timeout in s, or ''; then of each payload its field and what stands there.
 -- Errors: NOSESSION.
-local session, echo, fingerprint, take = KEYS[1], ARGV[3], ARGV[1], ARGV[2]
+local session, echo, fingerprint, taker = KEYS[1], ARGV[3], ARGV[1], ARGV[2]
 local grows = false -- whether it may take memory
 
 -- Redis before 5 replicates the script itself unless told to replicate what it wrote, and refuses
@@ -14,6 +16,9 @@ local grows = false -- whether it may take memory
 if redis.replicate_commands then redis.replicate_commands() end
 
 local own = redis.call('HGET', session, 'fp')
+local before = not own and taker ~= '' and redis.call('HGET', session, 'taken')
+local is_mine = before and string.sub(before, 1, 16) == taker
+if is_mine then own, fingerprint = string.sub(before, 17), string.sub(before, 17, 32) end
 -- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.
 if not own or #own > 32 or #fingerprint ~= 16 or string.find(own, fingerprint, 1, true) ~= 1 then
   if redis.replicate_commands then redis.replicate_commands() end
@@ -59,9 +64,16 @@ for i = 1, #held, 2 do
     list[#list + 1] = item(held[i + 1])
   end
 end
-if take == '1' then
-  local deleted = redis.pcall('UNLINK', session)
-  if deleted ~= 1 then return redis.error_reply(deleted.err .. ' ' .. echo) end
+if taker ~= '' then
+  local written = is_mine and 1 or redis.pcall('HSET', session, 'taken', taker .. own)
+  if written ~= 1 then return redis.error_reply(written.err .. ' ' .. echo) end
+  if not is_mine then redis.call('HDEL', session, 'fp', 'sub') end
+  -- To ask again is use, which may have moved the end. (Where Redis before 6 evicted the session
+  -- inside this script, what stands there is the trace alone, without an end: it goes at once.)
+  local left = redis.call('PTTL', session)
+  if left < 0 or left > 60000 then
+    redis.call('PEXPIREAT', session, string.format('%.0f', now + math.min(left, 60000)))
+  end
 end
 list[#list + 1] = echo
 return table.concat(list)

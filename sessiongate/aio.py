@@ -21,7 +21,7 @@ from .arguments import Data, min_replicas_setting, timeout_setting
 from .call import Call
 from .command import Answer, AnyCommand, Command, NotRun
 from .commands import Commands
-from .connect import async_client_from_url
+from .connect import async_client_from_url, not_a_client
 from .errors import ConfigurationError, EventLoopError, GateClosedError
 from .gate import DEFAULT_PREFIX, DEFAULT_TIMEOUT, SessionGate
 from .keyspace import Keyspace, system_random
@@ -68,7 +68,7 @@ class AsyncSessionGate:
         prefix: what every key of this gate in Redis begins with; 1 to 200 bytes, no braces.
         max_sessions: how many live sessions a subject may have; None for any number.
         on_overflow: when a subject has that many and opens another, `"evict"` ends its oldest,
-            `"reject"` raises TooManySessionsError.
+            `"reject"` raises TooManySessionsError and needs `max_sessions`.
         auto_pipeline: whether operations share one connection of the gate's own. Without, each
             takes one of the client's pool, which raises when it has no more to give.
         max_waiting: how many operations may be under way, for each server of a cluster; further
@@ -107,10 +107,8 @@ class AsyncSessionGate:
         self._closed = False
         self._prefix = prefix
         if not isinstance(client, Redis | RedisCluster) or isinstance(client, Pipeline):
-            raise ConfigurationError(
-                f"client is a redis.asyncio.Redis or redis.asyncio.RedisCluster, not "
-                f"{type(client).__module__}.{type(client).__name__}"
-            )
+            kinds = "redis.asyncio.Redis or redis.asyncio.RedisCluster"
+            raise not_a_client(client, kinds, "AsyncSessionGate")
         if not isinstance(max_waiting, int) or max_waiting < 1:
             raise ConfigurationError("max_waiting is a whole number of at least 1")
         self._timeout = timeout_setting(timeout)
@@ -218,7 +216,7 @@ class AsyncSessionGate:
         self,
         token: str | bytes,
         *,
-        grace: int | timedelta = 10,
+        grace: int | timedelta | None = None,
         subject: str | None = None,
         min_replicas: int | None = None,
     ) -> str:
@@ -292,8 +290,10 @@ class AsyncSessionGate:
         return await self._run(self._commands.end_all(subject, keep, min_replicas))
 
     @_as_in(SessionGate.end_one)
-    async def end_one(self, subject: str, session_id: str) -> None:
-        return await self._run(self._commands.end_one(subject, session_id))
+    async def end_one(
+        self, subject: str, session_id: str, *, min_replicas: int | None = None
+    ) -> None:
+        return await self._run(self._commands.end_one(subject, session_id, min_replicas))
 
     @_as_in(SessionGate.verify)
     async def verify(self, token: str | bytes) -> str:

@@ -14,6 +14,8 @@ MAX_SUBJECT_BYTES = 200
 MAX_REPLICAS = 1000
 MAX_TIMEOUT_SECONDS = 10**9  # sockets refuse more
 
+DEFAULT_GRACE_SECONDS = 10
+
 MISSING_HINT = ": is it missing from your settings?"
 
 _TOO_LONG_TO_TELL = 10**20
@@ -41,6 +43,14 @@ def ttl_arg(ttl: int | timedelta, what: str = "ttl", least: int = 0) -> bytes:
 def idle_timeout_arg(idle_timeout: int | timedelta | None) -> bytes:
     """The whole seconds of an idle timeout, in decimal; nothing if there is none."""
     return b"" if idle_timeout is None else ttl_arg(idle_timeout, "idle_timeout", 1)
+
+
+def grace_arg(grace: int | timedelta | None, subject: str | None) -> bytes:
+    """The whole seconds of a renewal's grace, in decimal."""
+    seconds = ttl_arg(DEFAULT_GRACE_SECONDS if grace is None else grace, "grace")
+    if grace is not None and subject is not None:
+        raise ArgumentError("with a subject there is no grace: the old token is dead at once")
+    return seconds
 
 
 def subject_arg(subject: str) -> bytes:
@@ -149,7 +159,10 @@ def data_arg(data: Data, name: str) -> bytes:
         )
     size = content.nbytes if isinstance(content, memoryview) else len(content)
     if not 0 < size <= MAX_DATA_BYTES:
-        raise ArgumentError(f"data of payload {name!r} is 1 to {MAX_DATA_BYTES} bytes, not {size}")
+        hint = "" if size else ": for nothing, use pdel"
+        raise ArgumentError(
+            f"data of payload {name!r} is 1 to {MAX_DATA_BYTES} bytes, not {size}{hint}"
+        )
     return content.tobytes() if isinstance(content, memoryview) else content
 
 

@@ -123,7 +123,9 @@ class Call(Generic[R]):
         try:
             if isinstance(error, redis_errors.RedisError):
                 if self.command.only_waits:
-                    return self.command.result(self._noted(Written(b"", 0, error)))
+                    return self.command.result(self._noted(self.command.written(b"", 0, error)))
+                if isinstance(error, redis_errors.MovedError):
+                    error.add_note("this server belongs to a cluster: use redis+cluster://")
                 if unknown is not None and not lost(error):
                     # That this try did not run does not say that of those before.
                     raise unknown from error
@@ -145,6 +147,8 @@ class Call(Generic[R]):
             # The same call with the source: needs no other node nor permission, and registers it.
             return command._replace(by_source=True)
         following = command.recover(command, error) if command.recover else None
+        if following is not None:
+            self._unknown = None  # it tells what became of the tries before
         if following is None and passes(error):
             following = command if certain else _repeated(command)
             if following is None or not self._has_time():

@@ -73,7 +73,9 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     command.add_argument(
         "--url",
         default=MEMORY_URL,
-        help="redis://host:6379/0, rediss://..., unix:///path/to/socket; default: %(default)s",
+        help="redis://host:6379/0, rediss://..., unix:///path/to/socket, "
+        "redis+sentinel://host:26379,host:26379/mymaster, redis+cluster://host:7000,host:7001 or "
+        "memory://; default: %(default)s",
     )
     command.set_defaults(run=lambda arguments: demo(arguments.url, Screen(sys.stdout)))
 

@@ -15,7 +15,7 @@ from .errors import (
 from .scripts import Script
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 R = TypeVar("R")
 
@@ -60,9 +60,11 @@ class Command(NamedTuple, Generic[R]):
     `repeat` makes the command to send when it is unknown whether this one ran; without, it is not
     sent again. `recover` makes what to send after another error, if anything.
 
-    With `replicas` the answer is waited for until as many have what was written. `unmarked` says
-    that the script may have written nothing, being the second to do its work. `only_waits` says
-    that all was written before, so that an error is but one of waiting.
+    With `replicas` an answer is returned when as many have what was written, on the connection that
+    wrote; one for which `waits` is not true only tells what to send next. `unmarked` says that the
+    script may have written nothing, being the second to do its work. `only_waits` says that all was
+    written before, so that an error is but one of waiting, and that the script tells whether this
+    server has it.
     """
 
     script: Script
@@ -74,9 +76,9 @@ class Command(NamedTuple, Generic[R]):
     repeat: "Callable[[Command[R]], Command[R]] | None" = None
     recover: "Callable[[Command[R], Exception], Command[R] | None] | None" = None
     replicas: int = 0
+    waits: "Callable[[bytes], bool] | None" = None
     unmarked: bool = False
     only_waits: bool = False
-    absence_is_done: bool = False  # that the session is gone is what it was sent for
     anywhere: bool = False  # another slot of a cluster would do as well: `recover` knows
     by_source: bool = False
 
@@ -84,11 +86,15 @@ class Command(NamedTuple, Generic[R]):
         # Arguments are fingerprints and payloads: not for logs.
         return f"<Command {self.script.name}>"
 
-    def judge(self, answer: Answer) -> Answer:
-        """The answer; a refusal that tells of what was to be brought about is none."""
-        if self.absence_is_done and isinstance(answer, Refusal) and answer.code == "NOSESSION":
-            return b""
-        return answer
+    def awaits(self, reply: bytes) -> bool:
+        """Whether replicas have to have what this reply tells of."""
+        return self.replicas > 0 and (self.waits is None or self.waits(reply))
+
+    def written(self, reply: bytes, replicas: int, error: Exception | None = None) -> Written:
+        """What a script returned that was waited for, and how many replicas have what it wrote."""
+        if self.only_waits and reply != HAS_IT:
+            replicas = 0  # a server that has not: its replicas have not either
+        return Written(reply, replicas, error)
 
     def result(self, answer: bytes | Refusal | Exception) -> "R | Command[R]":
         """The decoded answer, or the error that stands for it, raised."""
@@ -101,7 +107,8 @@ class Command(NamedTuple, Generic[R]):
                 del answer  # the error refers to this frame: the two would keep each other
         match answer.code:
             case "NOSESSION":
-                raise SessionNotFoundError(self.session_id)
+                of_subject = self.script is scripts.END_ONE
+                raise SessionNotFoundError(self.session_id, of_subject=of_subject)
             case "NOPAYLOAD":
                 raise PayloadNotFoundError(self.payload)
             case "CONFLICT":
@@ -123,11 +130,6 @@ def again(command: Command[R]) -> Command[R]:
     return command
 
 
-def or_gone(command: Command[R]) -> Command[R]:
-    """For what ends a session: the same once more, and done if the session is gone by then."""
-    return command._replace(absence_is_done=True)
-
-
 def nothing(_: bytes) -> None:
     """Of an answer without a result."""
     return
@@ -140,27 +142,45 @@ PROBE: Command[None] = Command(scripts.ECHO, (), (), nothing, "", by_source=True
 
 def mark_of(command: AnyCommand) -> Command[None]:
     """The write that changes nothing, to be waited for in place of the command's own."""
-    return Command(scripts.MARK, command.keys[:1], (), nothing, "", by_source=True)
+    return Command(scripts.MARK, command.keys[:1], (b"",), nothing, "", by_source=True)
 
 
-def waited_for(key: bytes, replicas: int, result: R, *others: bytes) -> "R | Command[R]":
-    """What an operation of several steps ends with: its result, once the replicas have it.
+class Trace(NamedTuple):
+    """A Redis key by which a server shows that it has what was written to it: `mark` tells how."""
 
-    To wait after each step could take the time that the next one needs.
+    key: bytes
+    sign: bytes
+
+
+GONE = b"gone"  # the sign of a session that was taken away
+HAS_IT = b"1"
+
+
+def waited_for(traces: "Sequence[Trace]", replicas: int, result: R) -> "R | Command[R]":
+    """What an operation on several servers ends with: its result, once the replicas have it.
+
+    To wait after each step could take the time that the next one needs. So one step is made for
+    each server that wrote when all is done; if another one has taken its place, that must have it.
 
     Args:
-        key: a Redis key of the server that wrote.
+        traces: what the servers show.
         replicas: how many; 0 for the result at once.
         result: what the operation returns.
-        others: keys of other servers that wrote.
     """
-    if not replicas:
+    if not replicas or not traces:
         return result
+    first, *rest = traces
 
     def then(_: bytes) -> "R | Command[R]":
-        return waited_for(others[0], replicas, result, *others[1:]) if others else result
+        return waited_for(rest, replicas, result)
 
-    keys = (key,)
     return Command(
-        scripts.MARK, keys, (), then, "", repeat=again, replicas=replicas, only_waits=True
+        scripts.MARK,
+        (first.key,),
+        (first.sign,),
+        then,
+        "",
+        repeat=again,
+        replicas=replicas,
+        only_waits=True,
     )

@@ -18,13 +18,14 @@ from .arguments import (
     counted,
     data_arg,
     field_arg,
+    grace_arg,
     idle_timeout_arg,
     min_replicas_arg,
     names_arg,
     payloads_arg,
     ttl_arg,
 )
-from .command import Command, again, nothing, or_gone, waited_for
+from .command import Command, again, nothing
 from .errors import ArgumentError, IdTakenError
 from .keyspace import Keyspace
 from .subjects import MAX_DRAWS, Opening, Overflow, Source, Subjects
@@ -79,8 +80,7 @@ class Commands:
         rest = (idle_timeout, counted(fields), *fields)
 
         def repeat(command: Command[str]) -> Command[str]:
-            tried = b"%d" % (int(command.args[2]) + 1)
-            return command._replace(args=(fingerprint, ttl, tried, *rest), anywhere=False)
+            return command._replace(args=(fingerprint, ttl, b"1", *rest), anywhere=False)
 
         def recover(command: Command[str], error: Exception) -> Command[str] | None:
             # A slot that moves takes no new session, since that has two Redis keys.
@@ -120,9 +120,12 @@ class Commands:
         args = (fingerprint, ttl_arg(ttl))
         replicas = min_replicas_arg(min_replicas, self._replicas)
 
+        def is_done(subject: bytes) -> bool:
+            return not subject
+
         def expired(subject: bytes) -> Command[None] | None:
-            if not subject:
-                return waited_for(keys[0], replicas, None)
+            if is_done(subject):
+                return None
             # A token does not tell whose it is, and the index has to know when its sessions end.
             both = (*keys, self._subjects.index_key(subject))
             return Command(
@@ -134,17 +137,19 @@ class Commands:
                 replicas=replicas,
             )
 
-        return Command(scripts.EXPIRE, keys, args, expired, session_id)
+        return Command(
+            scripts.EXPIRE, keys, args, expired, session_id, replicas=replicas, waits=is_done
+        )
 
     def renew(
         self,
         token: str | bytes,
-        grace: int | timedelta,
+        grace: int | timedelta | None,
         subject: str | None,
         min_replicas: int | None = None,
     ) -> Command[str]:
         session_id, fingerprint, generation = self._ring.verify(token)
-        grace_arg = ttl_arg(grace, "grace")
+        old_lasts = grace_arg(grace, subject)
         replicas = min_replicas_arg(min_replicas, self._replicas)
         if subject is not None:
             source = Source(session_id, fingerprint, generation)
@@ -153,7 +158,7 @@ class Commands:
         realm = self._ring.realms[0]
         # What others ask for is the same token: only the nonce tells a repetition from that.
         nonce = os.urandom(NONCE_BYTES)
-        args = (fingerprint, successor, b"%d" % (generation + 1), grace_arg, realm, nonce)
+        args = (fingerprint, successor, b"%d" % (generation + 1), old_lasts, realm, nonce)
 
         def renewed(answer: bytes) -> str:
             its_fingerprint, digits = answer[:FINGERPRINT_BYTES], answer[FINGERPRINT_BYTES:]
@@ -174,9 +179,13 @@ class Commands:
     def end(self, token: str | bytes, min_replicas: int | None = None) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
         replicas = min_replicas_arg(min_replicas, self._replicas)
-        args = (fingerprint,)
+
+        def repeat(command: Command[None]) -> Command[None]:
+            return command._replace(args=(fingerprint, b"1"))
+
+        args = (fingerprint, b"0")
         return Command(
-            scripts.END, keys, args, nothing, session_id, repeat=or_gone, replicas=replicas
+            scripts.END, keys, args, nothing, session_id, repeat=repeat, replicas=replicas
         )
 
     def sessions(self, subject: str) -> Command[list[SessionInfo]]:
@@ -189,8 +198,11 @@ class Commands:
         replicas = min_replicas_arg(min_replicas, self._replicas)
         return self._subjects.end_all(subject, kept, replicas)
 
-    def end_one(self, subject: str, session_id: str) -> Command[None]:
-        return self._subjects.end_one(subject, session_id, self._replicas)
+    def end_one(
+        self, subject: str, session_id: str, min_replicas: int | None = None
+    ) -> Command[None]:
+        replicas = min_replicas_arg(min_replicas, self._replicas)
+        return self._subjects.end_one(subject, session_id, replicas)
 
     def pset(  # noqa: PLR0913  # options are keyword-only
         self,

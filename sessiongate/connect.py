@@ -1,18 +1,23 @@
 """A URL becomes a redis-py client with the settings that a gate wants."""
 
+import re
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from redis import Redis, RedisCluster
 from redis import __version__ as redis_version
 from redis import asyncio as redis_asyncio
+from redis.asyncio.client import Pipeline as AsyncPipeline
 from redis.asyncio.cluster import ClusterNode as AsyncClusterNode
+from redis.asyncio.cluster import ClusterPipeline as AsyncClusterPipeline
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.backoff import NoBackoff
-from redis.cluster import ClusterNode
-from redis.connection import parse_url
+from redis.client import Pipeline
+from redis.cluster import ClusterNode, ClusterPipeline
+from redis.connection import ConnectionPool, SSLConnection, UnixDomainSocketConnection, parse_url
 from redis.exceptions import RedisError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
@@ -22,6 +27,7 @@ from .errors import ConfigurationError
 
 MEMORY_URL = "memory://"
 _SCHEMES = ("redis", "rediss", "unix", "memory")
+_PIPELINES = (Pipeline, ClusterPipeline, AsyncPipeline, AsyncClusterPipeline)
 
 AnyClient = TypeVar("AnyClient", Redis, redis_asyncio.Redis)
 
@@ -39,6 +45,19 @@ _SENTINEL = "+sentinel"
 _CLUSTER = "+cluster"
 _PORTS = {_SENTINEL: 26_379, _CLUSTER: 6_379}
 _SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
+
+# What is wrong with a URL is told in words of our own: any of its own may be of a password.
+_CUT_PASSWORD = "is there a `#`, `/`, `?` or `@` in the password? Write %23, %2F, %3F, %40"  # noqa: S105  # none
+_NO_PORT = f"the port is no number: {_CUT_PASSWORD}"
+_NO_HOST = (
+    "the host cannot be read: write [::1] for an IPv6 address, and special characters of a "
+    "password as %5B and the like"
+)
+_LONGEST_OPTION = 40  # characters that are told of a name
+_ARGUMENTS = (
+    *("sign_key", "prefix", "max_sessions", "on_overflow", "timeout", "min_replicas"),
+    *("auto_pipeline", "max_waiting"),
+)
 
 # In all: RESP2, since redis-py's HELLO fails before Redis 6. No retries of redis-py's own, since
 # the gate knows which command may be sent twice.
@@ -92,6 +111,11 @@ def async_client_from_url(url: str) -> redis_asyncio.Redis | redis_asyncio.Redis
     retry = AsyncRetry(NoBackoff(), 0)
     if many := _Many.of(url):
         if many.kind == _CLUSTER:
+            takes = signature(redis_asyncio.RedisCluster).parameters
+            if lacking := [name for name in many.options if name not in takes]:
+                # A name that is one of redis-py's: the options were tried on a single server.
+                fault = f"option `{lacking[0]}` is none of redis-py's cluster client for asyncio"
+                raise _unusable(url, fault)
             nodes = [AsyncClusterNode(host, port) for host, port in many.nodes]
             return redis_asyncio.RedisCluster(
                 startup_nodes=nodes, max_connections=_MAX_CONNECTIONS, **many.options
@@ -128,42 +152,52 @@ class _Many(NamedTuple):
         if not kind:
             return None
         many = cls._read(url, kind)
-        if many is None:
-            # Nothing of the URL, nor an error that led here: they may hold a password.
-            raise ConfigurationError(
-                "the URL names no hosts, ports, service or options that can be used: give "
-                "redis+sentinel://user:password@host:26379,host:26379/mymaster/0?option=value or "
-                "redis+cluster://user:password@host:7000,host:7001?option=value, and write special "
-                "characters of a password as %2F and the like"
-            )
+        if isinstance(many, str):
+            raise _unusable(url, many)
         return many
 
     @classmethod
-    def _read(cls, url: str, kind: str) -> "_Many | None":
+    def _read(cls, url: str, kind: str) -> "_Many | str":
+        """What the URL says; or what is wrong with it."""
+        parts = _split(url)
+        if parts is None:
+            return _NO_HOST
         try:
-            parts = urlsplit(url)
             words = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
         except ValueError:
-            return None
+            return "an option is written as name=value, with an & before the next one"
         login, at, hosts = parts.netloc.rpartition("@")
         names = unquote(parts.path).strip("/").split("/")
         service = names.pop(0) if kind == _SENTINEL else ""
         database = names.pop(0) if names else ""
-        # An @ of a password has to be written as %40: before one that is not, hosts would be lost.
-        if names or "@" in login or (kind == _SENTINEL) != bool(service):
-            return None
-        if kind == _CLUSTER and database.strip("0"):
-            return None  # there is only database 0
+        if fault := _first(
+            {
+                # Before an @ of a password, hosts would be lost.
+                "there are several `@`: user and password stand once, before the first host, and "
+                "an `@` in them is %40": "@" in login,
+                "the sentinel URL names no service: redis+sentinel://host:26379/mymaster": (
+                    kind == _SENTINEL and not service
+                ),
+                "a cluster has database 0 only": (
+                    kind == _CLUSTER and bool(names or database.strip("0"))
+                ),
+                "behind the service stands the database and nothing else: "
+                "redis+sentinel://host:26379/mymaster/0": bool(names),
+            }
+        ):
+            return fault
         of_data = [(name, value) for name, value in words if name not in _SENTINEL_OPTIONS]
         single = parts._replace(
             scheme=parts.scheme.removesuffix(kind), path=f"/{database}", query=urlencode(of_data)
         )
         nodes: list[tuple[str, int]] = []
         for host in hosts.split(","):
-            address = urlsplit(f"//{host}")
+            address = _split(f"//{host}")
             one = single._replace(netloc=f"{login}{at}{host}").geturl()
-            if not address.hostname or _made(one, _plain) is None:
-                return None
+            if address is None or not address.hostname:
+                return "a host is missing: host:port,host:port stands behind the `//` or an `@`"
+            if _made(one, _plain) is None:
+                return _fault(one, _plain)
             nodes.append((address.hostname, address.port or _PORTS[kind]))
         of_sentinels = [
             (_SENTINEL_OPTIONS[name], value) for name, value in words if name in _SENTINEL_OPTIONS
@@ -208,6 +242,27 @@ def refuse_stale_cache(client: Redis | RedisCluster) -> None:
         )
 
 
+def not_a_client(client: object, kinds: str, gate: str) -> ConfigurationError:
+    """What a gate says to what is no client of a kind that it takes, and what does take it.
+
+    Args:
+        client: what it was given.
+        kinds: the names of what it takes.
+        gate: its own name.
+    """
+    hint = ""
+    if isinstance(client, str):
+        hint = f": for a URL use {gate}.from_url(url, ...)"
+    elif isinstance(client, _PIPELINES):
+        hint = ": give it the client that made this pipeline"
+    elif isinstance(client, redis_asyncio.Redis | redis_asyncio.RedisCluster):
+        hint = ": use AsyncSessionGate for it"
+    elif isinstance(client, Redis | RedisCluster):
+        hint = ": use SessionGate for it"
+    kind = type(client)
+    return ConfigurationError(f"client is a {kinds}, not {kind.__module__}.{kind.__name__}{hint}")
+
+
 def _memory_is_missing() -> ConfigurationError:
     return ConfigurationError(
         'memory:// needs the extra "memory": pip install "sessiongate[memory]"'
@@ -245,13 +300,102 @@ def _not_understood() -> ConfigurationError:
 def _checked(url: str, make: Callable[[str], AnyClient]) -> AnyClient:
     client = _made(url, make)
     if client is None:
-        # Nothing of the URL, nor an error that led here: they may hold a password.
-        raise ConfigurationError(
-            "the URL names no host, port, database or path that can be used, or an option that "
-            "redis-py lacks or cannot set so: give redis://user:password@host:6379/0?option=value, "
-            "and write special characters of a password as %2F and the like"
-        )
+        raise _unusable(url, _fault(url, make))
     return client
+
+
+def _unusable(url: str, fault: str) -> ConfigurationError:
+    # Nothing of the URL's values, nor an error that led here: they may hold a password.
+    if fault != _NO_PORT and re.search(r"://.*[/?#].*@", url, re.DOTALL):
+        # What looks like an option may be what a password goes on with.
+        fault = f"an `@` stands behind the host: {_CUT_PASSWORD}"
+    return ConfigurationError(f"the URL cannot be used: {fault}")
+
+
+def _fault(url: str, make: Callable[[str], AnyClient]) -> str:
+    """What is wrong with the URL of one server of which no client could be made."""
+    parts = _split(url)
+    if parts is None:
+        return _NO_HOST
+    path = unquote(parts.path).strip("/")
+    no_port = _port(parts) == 0
+    # What stands behind the first colon, but for those of an IPv6 address.
+    digits = parts.netloc.rpartition("@")[2].rpartition("]")[2].partition(":")[2]
+    return (
+        _first(
+            {
+                _NO_PORT: no_port and not (digits.isascii() and digits.isdigit()),
+                "the port is none of 1 to 65535": no_port,
+                "a `#` may not stand in a URL: write %23 if the password has one": (
+                    bool(parts.fragment)
+                ),
+                "the database, behind the last `/`, is a number": (
+                    parts.scheme != "unix" and bool(path) and not path.isdecimal()
+                ),
+            }
+        )
+        or _fault_of_options(parts, make)
+        or _first({_NO_HOST: not _is_host(parts.hostname or "")})
+        or "it names no host, port, database or path that can be used, or options that do not go "
+        "together: give redis://user:password@host:6379/0?option=value, and write special "
+        "characters of a password as %2F and the like"
+    )
+
+
+def _fault_of_options(parts: SplitResult, make: Callable[[str], AnyClient]) -> str:
+    base = "unix:///socket" if parts.scheme == "unix" else f"{parts.scheme}://localhost"
+    nameable = True
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        if value and _made(f"{base}?{urlencode([(name, value)])}", make) is None:
+            is_name = name.isascii() and name.isidentifier() and len(name) <= _LONGEST_OPTION
+            if not (nameable and is_name):
+                return "an option is none of redis-py's, or has a value that it does not take"
+            return _fault_of_option(parts.scheme, name)
+        # Behind a password, what looks like an option may be what follows an & in it.
+        nameable = nameable and "pass" not in name.lower()
+    return ""
+
+
+def _fault_of_option(scheme: str, name: str) -> str:
+    if name in _ARGUMENTS:
+        return f"`{name}` is an argument of from_url, not an option of the URL"
+    kinds = (*SSLConnection.__mro__, UnixDomainSocketConnection, ConnectionPool)
+    if not any(name in signature(kind).parameters for kind in kinds):
+        return f"option `{name}` is none of redis-py's"
+    if name.startswith("ssl") and scheme != "rediss":
+        return f"option `{name}` is one of TLS: that is rediss, not {scheme}"
+    return f"option `{name}` cannot have the value that it is given"
+
+
+def _first(faults: dict[str, bool]) -> str:
+    """The first of them that is so; nothing if none is."""
+    return next((fault for fault, is_so in faults.items() if is_so), "")
+
+
+# These return nothing useful rather than raise: an error of theirs may hold a password.
+
+
+def _split(url: str) -> SplitResult | None:
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return None
+
+
+def _port(parts: SplitResult) -> int | None:
+    """The port of a URL; 0 if it is none."""
+    try:
+        return parts.port
+    except ValueError:
+        return 0
+
+
+def _is_host(name: str) -> bool:
+    try:
+        unquote(name).encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def _made(url: str, make: Callable[[str], AnyClient]) -> AnyClient | None:

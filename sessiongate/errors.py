@@ -62,15 +62,25 @@ class BadSignatureError(InvalidTokenError):
 class SessionNotFoundError(InvalidSessionError):
     """The token is genuine, but its session ended, expired or was never there.
 
+    Or the session that `end_one` was to end is none of the subject's.
+
     Attributes:
-        session_id: the id in the token; not a secret, it opens nothing by itself.
+        session_id: the id in the token, or that was given; not a secret, it opens nothing by
+            itself.
+        of_subject: whether it was asked for as one of a subject's, without a token.
     """
 
-    def __init__(self, session_id: str) -> None:
+    def __init__(self, session_id: str, *, of_subject: bool = False) -> None:
         super().__init__(session_id)
         self.session_id = session_id
+        self.of_subject = of_subject
 
     def __str__(self) -> str:
+        if self.of_subject:
+            return (
+                "the subject has no live session with this id: it ended already, or is somebody "
+                "else's"
+            )
         return "the session ended, expired or never was: ask the client to sign in again"
 
 
@@ -160,9 +170,11 @@ class UnderReplicatedError(SessionGateError):
         return type(self), self.args
 
     def __str__(self) -> str:
+        # What the wait ended with: its text is the server's, its class says enough.
+        cause = f": {type(self.__cause__).__name__}" if self.__cause__ else ""
         return (
-            f"written, but only {self.replicas} of {self.min_replicas} replicas had it in time: "
-            f"it stands unless a failover loses it"
+            f"fewer replicas than asked for ({self.replicas} of {self.min_replicas}) confirmed in "
+            f"time: what was written stands, unless a failover loses it{cause}"
         )
 
 

@@ -15,8 +15,8 @@ from .arguments import Data, min_replicas_setting, timeout_setting
 from .call import Call
 from .command import Command
 from .commands import Commands
-from .connect import LaterCluster, client_from_url, refuse_stale_cache
-from .errors import ConfigurationError, GateClosedError
+from .connect import LaterCluster, client_from_url, not_a_client, refuse_stale_cache
+from .errors import GateClosedError
 from .keyspace import Keyspace, system_random
 from .lines import Channel, ClusterLines, Lines
 from .subjects import Overflow
@@ -43,7 +43,7 @@ class SessionGate:
         prefix: what every key of this gate in Redis begins with; 1 to 200 bytes, no braces.
         max_sessions: how many live sessions a subject may have; None for any number.
         on_overflow: when a subject has that many and opens another, `"evict"` ends its oldest,
-            `"reject"` raises TooManySessionsError.
+            `"reject"` raises TooManySessionsError and needs `max_sessions`.
         timeout: seconds after which a call is over, whatever it waits for and however often it is
             sent again; None leaves it to the client's timeouts.
         min_replicas: how many replicas have to have what a call writes before it returns, 0 to
@@ -78,10 +78,7 @@ class SessionGate:
         if not isinstance(client, Redis | RedisCluster | LaterCluster) or isinstance(
             client, Pipeline | ClusterPipeline
         ):
-            raise ConfigurationError(
-                f"client is a redis.Redis or redis.RedisCluster, not "
-                f"{type(client).__module__}.{type(client).__name__}"
-            )
+            raise not_a_client(client, "redis.Redis or redis.RedisCluster", "SessionGate")
         if not isinstance(client, LaterCluster):
             refuse_stale_cache(client)
         self._client = client
@@ -221,7 +218,7 @@ class SessionGate:
         self,
         token: str | bytes,
         *,
-        grace: int | timedelta = 10,
+        grace: int | timedelta | None = None,
         subject: str | None = None,
         min_replicas: int | None = None,
     ) -> str:
@@ -237,8 +234,8 @@ class SessionGate:
 
         Args:
             token: as `start` or `renew` returned it.
-            grace: whole seconds (or a timedelta) for which the old token goes on working; with a
-                subject it has none.
+            grace: whole seconds (or a timedelta) for which the old token goes on working, 10 unless
+                you say so. With a subject there is none to give.
             subject: who the session belongs to from now on, 1 to 200 bytes of UTF-8, whoever it
                 belonged to before.
             min_replicas: how many replicas have to have it; the gate's, if not given.
@@ -539,16 +536,18 @@ class SessionGate:
         """
         return self._run(self._commands.end_all(subject, keep, min_replicas))
 
-    def end_one(self, subject: str, session_id: str) -> None:
+    def end_one(self, subject: str, session_id: str, *, min_replicas: int | None = None) -> None:
         """End one session of a subject, by its id: sign out that device.
 
         Args:
             subject: as given to `start` or `renew`.
             session_id: as `sessions` told it.
+            min_replicas: how many replicas have to have it; the gate's, if not given.
 
         Raises:
             SessionNotFoundError: the subject has no live session of that id. That says nothing of
                 the caller's own session.
+            UnderReplicatedError: it was written, but too few replicas had it in time.
             ArgumentError: an argument is out of its limits; nothing was sent.
 
         Example:
@@ -557,7 +556,7 @@ class SessionGate:
             >>> gate.sessions("bob")
             []
         """
-        return self._run(self._commands.end_one(subject, session_id))
+        return self._run(self._commands.end_one(subject, session_id, min_replicas))
 
     def verify(self, token: str | bytes) -> str:
         """The session id of a token that one of the gate's sign keys signed; Redis is not asked.

@@ -134,7 +134,7 @@ def _prefix_bytes(prefix: object) -> bytes:
         raise ConfigurationError("prefix is a str of at least one character, as in 'sg-session'")
     # A brace would move the hash tag from the session id to the prefix: one slot for everything.
     if "{" in prefix or "}" in prefix:
-        raise ConfigurationError("prefix holds no braces: they are the hash tag's")
+        raise ConfigurationError("prefix may hold no { or }: Redis Cluster gives them a meaning")
     if prefix.endswith((_INDEX, _TRIES)):
         raise ConfigurationError(
             f"prefix does not end in {_INDEX!r} or {_TRIES!r}: kept for others"

@@ -8,7 +8,8 @@ the wire, where the next caller would find it.
 import asyncio
 from collections import OrderedDict
 from copy import copy
-from typing import TYPE_CHECKING, NamedTuple
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
@@ -17,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from .call import lost, refuses
-from .command import PROBE, Answer, AnyCommand, NotRun, Written, mark_of
+from .command import PROBE, Answer, AnyCommand, NotRun, mark_of
 from .errors import EventLoopError, GateClosedError
 from .primaries import primary_of
 from .routes import ASKING, REDIRECTIONS
@@ -34,7 +35,7 @@ from .wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
 # More in a batch make no command cheaper, and let the first wait for the last.
 _BATCH_COMMANDS = 512
@@ -116,7 +117,6 @@ class Batch:
                 continue
             self._asked = False
             answer, proven = unpack(reply, self._echoes[self._answered])
-            answer = member.command.judge(answer)
             self._answered += 1
             if not proven and isinstance(answer, ResponseError):
                 # The server's own errors have no echo: is the last reply the last request's?
@@ -124,7 +124,8 @@ class Batch:
                 if len(self._unsure) == 1:
                     await self._send_probe(connection)
                 continue
-            if type(answer) is bytes and member.command.replicas:
+            command = member.command
+            if command.replicas and type(answer) is bytes and command.awaits(answer):
                 self._waited_for.append((member, answer))
                 continue
             if isinstance(answer, Exception):
@@ -173,7 +174,7 @@ class Batch:
 
     def _settle_waiting(self, count: int, error: Exception | None) -> None:
         for member, reply in self._waited_for:
-            member.settle(Written(reply, count, error))
+            member.settle(member.command.written(reply, count, error))
 
     async def _write(self, connection: AbstractConnection) -> None:
         pieces: list[bytes] = []
@@ -202,7 +203,7 @@ class Batch:
     @property
     def due(self) -> float:
         """When the first of the callers wants to have its answer."""
-        return min(member.due for member in self._members)
+        return min([member.due for member in self._members])
 
     @property
     def owes(self) -> bool:
@@ -294,10 +295,11 @@ class Watch:
     off too early it is set anew.
     """
 
-    __slots__ = ("_deadline", "_due", "_loop", "_seconds", "_timer")
+    __slots__ = ("_deadline", "_due", "_loop", "_now", "_seconds", "_timer")
 
     def __init__(self, seconds: float) -> None:
         self._loop: asyncio.AbstractEventLoop
+        self._now: Callable[[], float] = monotonic
         self._seconds = seconds
         self._deadline: asyncio.Timeout | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -306,6 +308,7 @@ class Watch:
         """The context of an exchange, which ends with a TimeoutError if it must."""
         self._deadline = asyncio.timeout(None)
         self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time
         self.progressed(due)
         if self._due < FOREVER and (self._timer is None or self._timer.when() > self._due):
             if self._timer is not None:
@@ -315,9 +318,8 @@ class Watch:
 
     def progressed(self, due: float) -> None:
         """Begin to count anew, for what has to be over by then."""
-        self._due = due
-        if self._seconds < FOREVER:
-            self._due = min(due, self._loop.time() + self._seconds)
+        limit = self._now() + self._seconds
+        self._due = min(limit, due)
 
     def be_patient(self, due: float) -> None:
         """Wait until then, whatever comes in."""
@@ -368,16 +370,19 @@ class Lane:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def ask(self, command: AnyCommand, due: float, *, asking: bool = False) -> Answer:
+    def ask(
+        self, command: AnyCommand, due: float, *, asking: bool = False
+    ) -> "Coroutine[Any, Any, Answer]":
         """What comes of a command, once it was its turn.
 
         It is over in time if calls that came before are due before.
         """
+        lane = self
         if command.replicas:
             if self._slow_lane is None:
                 self._slow_lane = self._make_slow_lane()
-            return await self._slow_lane._ask(command, due, asking=asking)  # noqa: SLF001  # a lane
-        return await self._ask(command, due, asking=asking)
+            lane = self._slow_lane
+        return lane._ask(command, due, asking=asking)  # noqa: SLF001  # a lane
 
     async def _ask(self, command: AnyCommand, due: float, *, asking: bool) -> Answer:
         loop = self._loop.check()
@@ -401,7 +406,10 @@ class Lane:
         self._busy = True
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
-            if await self._is_usable(due):
+            usable = await self._is_usable(due)
+            if self._closed:
+                raise GateClosedError
+            if usable:
                 await self._run(Batch([Waiting(command, answer, due, asking)], fresh=False), due)
             else:
                 self._waiting[answer] = Waiting(command, answer, due, asking)
@@ -445,8 +453,13 @@ class Lane:
             self._busy = False
             # Somebody cancelled all tasks, as at the end of a loop, this one perhaps before it had
             # begun: let no caller wait for nothing.
+            error = None if task.cancelled() else task.exception()
             while self._waiting:
-                self._next().answer.cancel()
+                waiting = self._next()
+                if isinstance(error, Exception):
+                    waiting.refuse(error)
+                else:
+                    waiting.answer.cancel()
 
     def _next(self) -> Waiting:
         return self._waiting.popitem(last=False)[1]
@@ -494,10 +507,14 @@ class Lane:
             batch.fail(redis_errors.TimeoutError("Timeout waiting for the replies of Redis"))
         except Exception as error:  # noqa: BLE001  # whatever it is, nobody may hang
             batch.fail(error)
-        except BaseException:
+        except BaseException as error:
             # Who is cancelled here waits for himself alone, or for a task that was cancelled.
             batch.abandon()
-            self._unfinished = batch if batch.owes else None
+            if batch.owes:
+                self._unfinished = batch
+            elif not isinstance(error, GeneratorExit):  # nothing is awaited any more
+                # It was only half written, or a WAIT is under way, which nobody shall wait for.
+                await self._connection.disconnect(nowait=True)
             raise
         finally:
             self._watch.stop()
@@ -509,9 +526,14 @@ class Lane:
         """Whether there is a connection that the server has not closed, with nothing to read."""
         if not self._connection.is_connected:
             return False
-        left = self._primary is not None and await self._primary.is_left_by(self._connection, due)
-        if not left and not await self._has_unread():
-            return True
+        # Until redis-py 8 hiredis's parser raises what others tell: the server has closed it.
+        primary = self._primary
+        try:
+            left = primary is not None and await primary.is_left_by(self._connection, due)
+            if not left and not await self._has_unread():
+                return True
+        except (RedisError, OSError):  # `suppress` costs time, for each batch
+            pass
         await self._connection.disconnect(nowait=True)
         return False
 

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError, ResponseError
 from redis.sentinel import SentinelConnectionPool
 
 from .call import refuses
-from .command import PROBE, Answer, AnyCommand, NotRun, Written, mark_of
+from .command import PROBE, Answer, AnyCommand, NotRun, mark_of
 from .primaries import Primary
 from .routes import ASKING, REDIRECTIONS, Journey, Routes
 from .timed import connection_of
@@ -198,9 +198,8 @@ def _ask(
 ) -> tuple[Answer, bool]:
     """The answer to a command, and whether the connection may be used again."""
     answer, proven = _round_trip(connection, command, asking=asking)
-    answer = command.judge(answer)
     if type(answer) is bytes:
-        if command.replicas:
+        if command.replicas and command.awaits(answer):
             return _await_replicas(connection, command, answer, due)
         return answer, proven
     if not proven and isinstance(answer, ResponseError):
@@ -226,7 +225,7 @@ def _await_replicas(
         if command.unmarked:
             marked, _ = _round_trip(connection, mark_of(command))
             if isinstance(marked, Exception):
-                return Written(reply, 0, marked), False
+                return command.written(reply, 0, marked), False
         connection.send_packed_command(wait_for(command.replicas, due - monotonic()))
         count = connection.read_response()
         if count >= command.replicas:
@@ -234,10 +233,10 @@ def _await_replicas(
             connection.send_packed_command(wait_for(command.replicas, 0))
             count = min(count, connection.read_response())
     except RedisError as error:
-        return Written(reply, 0, error), False
+        return command.written(reply, 0, error), False
     except UNREADABLE:
-        return Written(reply, 0, misplaced()), False
-    return Written(reply, count), True
+        return command.written(reply, 0, misplaced()), False
+    return command.written(reply, count), True
 
 
 def _round_trip(

@@ -7,7 +7,7 @@ replica: all of these are lost. So who uses an open connection asks them, once i
 import asyncio
 from contextlib import suppress
 from copy import copy
-from threading import Lock
+from threading import RLock
 from time import monotonic
 from typing import Any
 
@@ -55,32 +55,56 @@ class _Known:
         return self._address not in (None, (connection.host, connection.port))
 
 
+class _Named(Redis):
+    """A client of a sentinel. redis-py shows it when none knows the primary, 6 and 7 all of it."""
+
+    def __repr__(self) -> str:
+        return _address(self)
+
+
+class _AsyncNamed(redis_asyncio.Redis):
+    """The same for asyncio."""
+
+    def __repr__(self) -> str:
+        return _address(self)
+
+
+def _address(client: Any) -> str:
+    options = client.connection_pool.connection_kwargs
+    return f"{options.get('host')}:{options.get('port')}"
+
+
 class Primary(_Known):
     """The primary of a pool that sentinels manage. `pool` is one like it, which repeats nothing."""
 
     def __init__(self, pool: SentinelConnectionPool) -> None:
         super().__init__()
         clients = [
-            Redis(connection_pool=ConnectionPool(**_hastily(client, Retry(NoBackoff(), 0))))
+            _Named(connection_pool=ConnectionPool(**_hastily(client, Retry(NoBackoff(), 0))))
             for client in pool.sentinel_manager.sentinels
         ]
         self.pool = SentinelConnectionPool(**_like(pool, clients))
-        self._lock = Lock()
+        self._lock = RLock()
 
     def forked(self) -> None:
         """This is another process: who held the lock is no more."""
-        self._lock = Lock()
+        self._lock = RLock()
 
     def is_left_by(self, connection: Any, due: float) -> bool:
         """Whether an open connection does not lead to it any more."""
         if self._is_old():
             due = min(due, monotonic() + _WAIT)
-            if self._lock.acquire(timeout=max(due - monotonic(), 0)):
-                try:
-                    if self._is_old():
-                        self._look(due)
-                finally:
-                    self._lock.release()
+            lock = self._lock
+            # A signal's handler may raise at any moment, also when the lock was just acquired: so
+            # that it is not held for ever, the lock itself tells whether there is one to release.
+            try:
+                if lock.acquire(timeout=max(due - monotonic(), 0)) and self._is_old():
+                    self._look(due)
+            finally:
+                try:  # noqa: SIM105  # a call of `suppress` could be interrupted before the release
+                    lock.release()
+                except RuntimeError:
+                    pass
         return self._is_elsewhere(connection)
 
     def _look(self, due: float) -> None:
@@ -100,7 +124,7 @@ class AsyncPrimary(_Known):
     def __init__(self, pool: asyncio_sentinel.SentinelConnectionPool) -> None:
         super().__init__()
         clients = [
-            redis_asyncio.Redis(
+            _AsyncNamed(
                 connection_pool=AsyncConnectionPool(**_hastily(client, AsyncRetry(NoBackoff(), 0)))
             )
             for client in pool.sentinel_manager.sentinels

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
 from inspect import signature
-from threading import TIMEOUT_MAX, Event, Lock, Thread
+from threading import TIMEOUT_MAX, Event, Lock, RLock, Thread
 from time import monotonic
 from typing import Any
 
@@ -187,7 +187,7 @@ class Routes:
             self._make = client
         self._doubts = _Doubts()
         self._lock = Lock()
-        self._making = Lock()
+        self._making = RLock()
         self._reading: Event | None = None
         self._pid = os.getpid()
         self.turn = 0
@@ -199,6 +199,7 @@ class Routes:
             redis.exceptions.ConnectionError: none is known, and none of those that were is there.
             redis.exceptions.TimeoutError: to find out takes too long.
         """
+        self._mind_forks()
         client = self._client or self._made(due)
         if journey.address:
             return _named(client, *journey.address)
@@ -233,11 +234,11 @@ class Routes:
 
     def _made(self, due: float) -> RedisCluster:
         made: list[RedisCluster] = []
-        self._mind_forks()
         lock = self._making
-        if not lock.acquire(timeout=min(max(due - monotonic(), 0), TIMEOUT_MAX)):
-            raise _too_slow()
+        # As in `primaries`: the lock itself tells whether there is one to release.
         try:
+            if not lock.acquire(timeout=min(max(due - monotonic(), 0), TIMEOUT_MAX)):
+                raise _too_slow()
             make = self._make
             if self._client is None and make is not None:
                 try:
@@ -246,28 +247,33 @@ class Routes:
                     raise _unreachable(error) from error
                 (self._client,) = made
         finally:
-            lock.release()
+            try:  # noqa: SIM105  # a call of `suppress` could be interrupted before the release
+                lock.release()
+            except RuntimeError:
+                pass
         if self._client is None:
             raise _not_covered()
         return self._client
 
     def _read(self, client: RedisCluster, name: str | None, due: float) -> None:
         """Have the topology read, and wait for that if it matters, though not for long."""
-        self._mind_forks()
         with self._lock:
             if self._reading is None and self._doubts.due(name):
-                self._reading = Event()
+                begun = Event()
                 thread = Thread(
                     target=self._read_now,
-                    args=(client, self._reading),
+                    args=(client, begun),
                     name="sessiongate-topology",
                     daemon=True,
                 )
+                self._reading = begun
                 try:
                     thread.start()
-                except RuntimeError:
-                    # None is left, or the interpreter is about to end: what is known has to do.
+                except BaseException as error:
                     self._reading = None
+                    # None is left, or the interpreter is about to end: what is known has to do.
+                    if not isinstance(error, RuntimeError):
+                        raise
             reading = self._reading
         if reading is not None and self._doubts.matter(name):
             reading.wait(max(min(due - monotonic(), _PATIENCE), 0))
@@ -283,14 +289,26 @@ class Routes:
         finally:
             self._doubts.end(read=read)
             self.turn += read
-            self._reading = None
+            if self._reading is reading:
+                self._reading = None
             reading.set()
 
     def _mind_forks(self) -> None:
         if self._pid != os.getpid():
             # Other threads may have held them when this process was forked, and are no more.
-            self._lock, self._making, self._reading = Lock(), Lock(), None
+            self._lock, self._making, self._reading = Lock(), RLock(), None
+            if self._client:
+                _renew_locks(self._client)
             self._pid = os.getpid()
+
+
+def _renew_locks(client: RedisCluster) -> None:
+    """The same for those of redis-py, which holds one of them for as long as it reads."""
+    renewed: dict[int, object] = {}
+    for owner in (client, client.nodes_manager):
+        for name in ("_lock", "_initialization_lock"):  # private, and not in all of its versions
+            if lock := getattr(owner, name, None):
+                setattr(owner, name, renewed.setdefault(id(lock), type(lock)()))
 
 
 def _known(client: RedisCluster, command: AnyCommand) -> ClusterNode | None:

@@ -3,8 +3,22 @@
 from dataclasses import dataclass, field
 from hashlib import sha1
 from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-_LUA = files("sessiongate.lua")
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+
+def _folder() -> "Traversable":
+    try:
+        return files("sessiongate.lua")
+    except ModuleNotFoundError:
+        # A checkout in the current folder hides the package that is installed.
+        return Path(__file__).parents[1] / "lua"
+
+
+_LUA = _folder()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from redis.exceptions import ClusterCrossSlotError
 from . import answers, scripts
 from .answers import SessionInfo
 from .arguments import counted, subject_arg
-from .command import Command, R, again, nothing, or_gone, waited_for
+from .command import GONE, Command, R, Trace, again, nothing, waited_for
 from .errors import (
     ArgumentError,
     ConfigurationError,
@@ -26,8 +26,9 @@ from .tokens import SignKeyRing
 
 Overflow = Literal["evict", "reject"]
 
-# Ids that are taken one after the other mean a broken random source, not bad luck (95 bits).
-MAX_DRAWS = 4
+# Ids that are taken one after the other mean a broken random source, not bad luck (95 bits). With
+# each reply that is lost one may be given up as well.
+MAX_DRAWS = 8
 
 # How often an operation looks again at sessions that others change at the same time. Each time
 # somebody got ahead of it; so often is never met.
@@ -69,7 +70,7 @@ class _Joining(NamedTuple):
     generation: int
     limit: bytes
     replicas: int
-    others: tuple[bytes, ...] = ()  # Redis keys of servers that wrote before
+    before: tuple[Trace, ...] = ()  # of what was written on other servers
     follow: "Callable[[Opening, _Drawn], Command[str]] | None" = None
 
 
@@ -118,6 +119,10 @@ class Subjects:
             raise ConfigurationError("max_sessions is a whole number of at least 1, or None")
         if on_overflow not in ("evict", "reject"):
             raise ConfigurationError("on_overflow is 'evict' or 'reject'")
+        if on_overflow == "reject" and max_sessions is None:
+            raise ConfigurationError(
+                "on_overflow needs max_sessions: how many sessions a subject may have"
+            )
         self._ring = ring
         self._keyspace = keyspace
         self._limit = b"%d" % (max_sessions or 0)
@@ -164,17 +169,26 @@ class Subjects:
                 counts.append(int(count))
                 return go_on(moved)
 
-            return Command(scripts.END_ALL, work.keys, (keep.encode(), *work.args), ended, "")
+            return Command(
+                scripts.END_ALL,
+                work.keys,
+                (keep.encode(), *work.args),
+                ended,
+                "",
+                replicas=replicas,
+                waits=lambda answer: answer.endswith(b":"),  # none was moved
+                unmarked=True,  # others may have ended them
+            )
 
-        index = self.index_key(raw)
         # If there are none, a call may have ended them that too few replicas had heard of.
-        return self._for_each(raw, end, lambda: waited_for(index, replicas, sum(counts)))
+        return self._for_each(raw, end, lambda: sum(counts), replicas)
 
     def _for_each(
         self,
         subject: bytes,
         command: Callable[[_Work, _GoOn[R]], Command[R]],
-        result: Callable[[], R | Command[R]],
+        result: Callable[[], R],
+        replicas: int = 0,
     ) -> Command[R]:
         """List the sessions, then send the command for all of them.
 
@@ -203,28 +217,47 @@ class Subjects:
             listed = max(now, *(entry[: answers.STARTED_DIGITS] for entry in entries))
             return work(listed, entries, _MAX_LOOKS)
 
-        return Command(scripts.INDEX, (index,), (), begin, "", "", again)
+        return Command(
+            scripts.INDEX,
+            (index,),
+            (),
+            begin,
+            "",
+            repeat=again,
+            replicas=replicas,
+            waits=lambda answer: len(answer) == answers.STARTED_DIGITS,  # there are none
+            unmarked=True,
+        )
 
     def end_one(self, subject: str, session_id: str, replicas: int) -> Command[None]:
         """End the session of that id, if it is the subject's."""
         raw = subject_arg(subject)
         if not isinstance(session_id, str):
             raise ArgumentError(f"session_id is a str, not {type(session_id).__name__}")
+        if not is_session_id(session_id):
+            # It may be a token: not for an error to tell.
+            raise ArgumentError(
+                "session_id is the 16 characters of `info.id` or `verify(token)`; to end the "
+                "session of a token, use end(token)"
+            )
         index = self.index_key(raw)
         # What could not be the subject's is not asked for: on a cluster it may be elsewhere.
-        if not is_session_id(session_id):
-            raise SessionNotFoundError("")  # it may be a token: not for an error to tell
         key = self._keyspace.session_key(session_id)
         if slot_of(key) != slot_of(index):
-            raise SessionNotFoundError(session_id)
-        args = (session_id.encode(), *self._subs(raw))
+            raise SessionNotFoundError(session_id, of_subject=True)
+        subs = self._subs(raw)
+
+        def repeat(command: Command[None]) -> Command[None]:
+            return command._replace(args=(session_id.encode(), b"1", *subs))
+
+        args = (session_id.encode(), b"0", *subs)
         return Command(
             scripts.END_ONE,
             (key, index),
             args,
             nothing,
             session_id,
-            repeat=or_gone,
+            repeat=repeat,
             replicas=replicas,
         )
 
@@ -253,10 +286,10 @@ class Subjects:
         joining: _Joining,
         *,
         entries: Sequence[bytes] = (),
-        tried: int = 0,
+        again: bool = False,
         looks: int = _MAX_LOOKS,
     ) -> Command[str]:
-        _, index_key, opening, source, _, limit, replicas, others, follow = joining
+        _, index_key, opening, source, _, limit, replicas, before, follow = joining
         keys: tuple[bytes, ...] = (
             self._keyspace.session_key(drawn.session_id),
             index_key,
@@ -268,7 +301,7 @@ class Subjects:
         args = (
             drawn.fingerprint,
             opening.ttl,
-            b"%d" % tried,
+            b"%d" % again,
             opening.idle_timeout,
             drawn.session_id.encode(),
             opening.started,
@@ -289,19 +322,18 @@ class Subjects:
             if not answer:
                 if follow:
                     return follow(opening, drawn)
-                return waited_for(keys[0], replicas, drawn.token, *others)
+                return waited_for(before, replicas, drawn.token)
             if not looks:
                 raise _restless()
             return self._join_as(
                 drawn,
                 joining,
                 entries=answers.entries(answer),
-                tried=tried,
                 looks=looks - 1,
             )
 
         def repeat(_: Command[str]) -> Command[str]:
-            return self._join_as(drawn, joining, entries=entries, tried=tried + 1, looks=looks)
+            return self._join_as(drawn, joining, entries=entries, again=True, looks=looks)
 
         def recover(_: Command[str], error: Exception) -> Command[str] | None:
             if isinstance(error, IdTakenError) and drawn.left:
@@ -320,6 +352,8 @@ class Subjects:
             session_id,
             repeat=repeat,
             recover=recover,
+            replicas=0 if follow else replicas,
+            waits=_is_done,
         )
 
     # Between two slots of a cluster: copy the session, take away the old one, and make up for what
@@ -330,14 +364,14 @@ class Subjects:
     def _copied(self, source: Source, joining: _Joining) -> Command[str]:
         evicts = self._evicts == b"1" and joining.limit != b"0"
 
-        old_key = self._keyspace.session_key(source.session_id)
+        old = Trace(self._keyspace.session_key(source.session_id), GONE)
 
         def taken(drawn: _Drawn) -> str | Command[str]:
             if not evicts:
-                new_key = self._keyspace.session_key(drawn.session_id)
-                return waited_for(new_key, joining.replicas, drawn.token, old_key)
+                new = Trace(self._keyspace.session_key(drawn.session_id), drawn.fingerprint)
+                return waited_for((new, old), joining.replicas, drawn.token)
             copied = Source(drawn.session_id, drawn.fingerprint, joining.generation)
-            adopting = joining._replace(opening=_AS_IT_IS, source=copied, others=(old_key,))
+            adopting = joining._replace(opening=_AS_IT_IS, source=copied, before=(old,))
             return self._join(adopting)
 
         def follow(opening: Opening, drawn: _Drawn) -> Command[str]:
@@ -351,7 +385,7 @@ class Subjects:
             copying = joining._replace(opening=opening, source=None, limit=limit, follow=follow)
             return self._join(copying)
 
-        return self._export(source, b"0", read)._replace(repeat=again)
+        return self._export(source, b"", read)
 
     def _take(
         self,
@@ -374,16 +408,23 @@ class Subjects:
 
         def recover(_: Command[str], error: Exception) -> Command[str] | None:
             if isinstance(error, SessionNotFoundError):
-                return Command(scripts.END, keys, (drawn.fingerprint,), gone, source.session_id)
+                args = (drawn.fingerprint, b"0")
+                return Command(scripts.END, keys, args, gone, source.session_id)
             return None
 
-        return self._export(source, b"1", read)._replace(recover=recover)
+        return self._export(source, drawn.fingerprint, read)._replace(recover=recover)
 
     def _export(
-        self, source: Source, take: bytes, read: Callable[[bytes], str | Command[str]]
+        self, source: Source, taker: bytes, read: Callable[[bytes], str | Command[str]]
     ) -> Command[str]:
         keys = (self._keyspace.session_key(source.session_id),)
-        return Command(scripts.EXPORT, keys, (source.fingerprint, take), read, source.session_id)
+        args = (source.fingerprint, taker)
+        return Command(scripts.EXPORT, keys, args, read, source.session_id, repeat=again)
+
+
+def _is_done(answer: bytes) -> bool:
+    """Of a script that otherwise returns what it has to be told, and did nothing."""
+    return not answer
 
 
 def _opening(answer: bytes) -> Opening:

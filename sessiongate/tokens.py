@@ -145,8 +145,8 @@ def _key_bytes(key: object) -> bytes:
         raise ConfigurationError(f"a sign key is empty{MISSING_HINT}")
     if len(raw) < STRONG_SIGN_KEY_BYTES:
         warnings.warn(
-            f"a sign key of {len(raw)} bytes can be guessed: make one of "
-            f"{STRONG_SIGN_KEY_BYTES} with secrets.token_hex({STRONG_SIGN_KEY_BYTES})",
+            f"a sign key of {len(raw)} bytes can be guessed: make one with "
+            f"secrets.token_hex({STRONG_SIGN_KEY_BYTES})",
             WeakSignKeyWarning,
             stacklevel=_levels_to_caller(),
         )

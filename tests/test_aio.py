@@ -10,12 +10,12 @@ import textwrap
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import anyio
 import pytest
 import redis
-from redis.asyncio import Redis
+from redis.asyncio import Connection, ConnectionPool, Redis
 from redis.credentials import CredentialProvider
 
 from sessiongate import (
@@ -788,4 +788,48 @@ async def test_a_task_of_the_gate_that_is_cancelled(server: Server) -> None:
         await asyncio.wait(callers, timeout=1)
         server.resume()
         assert all(task.cancelled() for task in callers)
+        assert await gate.pget(token, "user") == b"x"
+
+
+class RaisingConnection(Connection):
+    """As redis-py's before 8 with hiredis: to look for what is unread on a closed one raises."""
+
+    async def can_read(self, *args: Any, **options: Any) -> bool:
+        if await super().can_read(*args, **options):
+            raise redis.ConnectionError("Connection closed by server.")
+        return False
+
+    can_read_destructive = can_read
+
+
+@pytest.mark.parametrize("callers", [1, 3])
+async def test_a_connection_that_the_server_closed(server: Server, callers: int) -> None:
+    """Calls connect anew when the server has closed an idle connection, whatever redis-py says."""
+    pool = ConnectionPool(connection_class=RaisingConnection, port=server.port, protocol=2)
+    client = Redis(connection_pool=pool)
+    gate = AsyncSessionGate(client, sign_key=SIGN_KEY)
+    token = await gate.start(300, {"user": "x"})
+    for _ in range(3):
+        if callers == 1:
+            await gate.touch(token)  # the last batch was of one command: the next is asked alone
+        server.client().client_kill_filter(_type="normal", skipme=True)
+        await asyncio.sleep(0.02)
+        calls = [gate.pget(token, "user") for _ in range(callers)]
+        assert await asyncio.gather(*calls) == [b"x"] * callers
+    await gate.aclose()
+    await client.aclose()
+
+
+async def test_an_error_in_the_lane_is_told(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong in a lane, its callers are told, not cancelled, and others are served."""
+    async with gate_on(server.port) as gate:
+        token = await gate.start(300, {"user": "x"})
+        with monkeypatch.context() as patch:
+            patch.setattr(Lane, "_next_batch", lambda *_, **__: 1 // 0)
+            calls = [gate.pget(token, "user") for _ in range(4)]
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert outcomes[0] == b"x"  # it was asked by itself, without a batch
+        assert [type(outcome) for outcome in outcomes[1:]] == [ZeroDivisionError] * 3
         assert await gate.pget(token, "user") == b"x"

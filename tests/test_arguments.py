@@ -14,8 +14,8 @@ from urllib.parse import urlencode
 
 import pytest
 import redis
-from fakeredis import FakeRedis
-from hypothesis import example, given
+from fakeredis import FakeAsyncRedis, FakeRedis
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nacl.utils import random as system_random
 
@@ -38,8 +38,10 @@ from sessiongate import (
     SessionNotFoundError,
     TooManySessionsError,
     UnderReplicatedError,
+    WeakSignKeyWarning,
 )
 from sessiongate.arguments import data_arg, field_arg, payloads_arg, ttl_arg
+from sessiongate.commands import Commands
 from sessiongate.connect import async_client_from_url, client_from_url
 from sessiongate.keyspace import Keyspace
 from sessiongate.lines import Lines
@@ -166,6 +168,19 @@ def test_data_to_serialize_first() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "nothing",
+    [b"", "", bytearray(), memoryview(b"")],
+    ids=["bytes", "str", "bytearray", "memoryview"],
+)
+def test_data_of_nothing(nothing: bytes) -> None:
+    """The error for data of 0 bytes says what to do for nothing."""
+    with pytest.raises(ArgumentError, match=r" bytes, not 0: for nothing, use pdel$"):
+        data_arg(nothing, "user")
+    with pytest.raises(ArgumentError, match=r" bytes, not 8000001$"):
+        data_arg(b"x" * 8_000_001, "user")
+
+
 @pytest.mark.parametrize("payloads", [[], (), "", b"", set(), 0, False, [("user", "x")], "user"])
 def test_what_is_no_mapping_of_payloads(gate: SessionGate, payloads: object) -> None:
     """Payloads that are no mapping are refused with their type, empty ones too."""
@@ -238,11 +253,77 @@ def test_a_prefix_that_cannot_be_used(prefix: object) -> None:
         SessionGate(FakeRedis(), sign_key=KEY, prefix=prefix)  # type: ignore[arg-type]  # what a type checker would refuse
 
 
+def test_braces_in_a_prefix() -> None:
+    """The error for braces in a prefix names them, and why not."""
+    for prefix in ("a{b}", "{", "}"):
+        with pytest.raises(ConfigurationError) as caught:
+            SessionGate(FakeRedis(), sign_key=KEY, prefix=prefix)
+        assert str(caught.value) == "prefix may hold no { or }: Redis Cluster gives them a meaning"
+
+
+def test_a_short_sign_key_warns_with_how_to_make_one() -> None:
+    """The warning for a short sign key says how to make one."""
+    with pytest.warns(WeakSignKeyWarning) as caught:
+        SessionGate.from_url("memory://", sign_key="k")
+    assert str(caught[0].message) == (
+        "a sign key of 1 bytes can be guessed: make one with secrets.token_hex(32)"
+    )
+
+
+def test_rejecting_needs_a_limit(flavour: Flavour) -> None:
+    """To reject sessions over a limit without a limit is refused; to evict them is the default."""
+    with pytest.raises(ConfigurationError) as caught:
+        flavour.gate_from_url("memory://", on_overflow="reject")
+    assert str(caught.value) == (
+        "on_overflow needs max_sessions: how many sessions a subject may have"
+    )
+    flavour.gate_from_url("memory://", on_overflow="reject", max_sessions=1)
+    flavour.gate_from_url("memory://", on_overflow="evict")
+
+
 def test_a_client_that_cannot_be_used() -> None:
     """What is no synchronous redis-py client is refused when the gate is made."""
     for client in (None, "redis://localhost", redis.asyncio.Redis(), redis.Redis().pipeline()):
         with pytest.raises(ConfigurationError, match="client"):
             SessionGate(client, sign_key=KEY)  # type: ignore[arg-type]  # what a type checker would refuse
+
+
+@pytest.mark.parametrize(
+    ("gate", "client", "told"),
+    [
+        (
+            SessionGate,
+            "redis://:hunter2@localhost",
+            "redis.RedisCluster, not builtins.str: for a URL use SessionGate.from_url(url, ...)",
+        ),
+        (
+            AsyncSessionGate,
+            "redis://:hunter2@localhost",
+            "not builtins.str: for a URL use AsyncSessionGate.from_url(url, ...)",
+        ),
+        (SessionGate, FakeAsyncRedis(), "FakeRedis: use AsyncSessionGate for it"),
+        (
+            SessionGate,
+            redis.asyncio.RedisCluster("localhost"),
+            "not redis.asyncio.cluster.RedisCluster: use AsyncSessionGate for it",
+        ),
+        (AsyncSessionGate, redis.Redis(), "not redis.client.Redis: use SessionGate for it"),
+        (SessionGate, redis.Redis().pipeline(), "give it the client that made this pipeline"),
+        (
+            AsyncSessionGate,
+            redis.asyncio.Redis().pipeline(),
+            "give it the client that made this pipeline",
+        ),
+        (SessionGate, 7, "not builtins.int"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_takes_another_client(gate: Callable[..., object], client: object, told: str) -> None:
+    """What is no client of a gate's kind is refused with what does take it, and not shown."""
+    with pytest.raises(ConfigurationError) as caught:
+        gate(client, sign_key=KEY)
+    assert str(caught.value).endswith(told)
+    assert "hunter2" not in str(caught.value)
 
 
 def refusal(make: Callable[[str], object], url: object) -> str:
@@ -272,25 +353,104 @@ def refusal(make: Callable[[str], object], url: object) -> str:
             "memory",
             "memory://x",
         ],
-        "give redis://user:password@host:6379/0?option=value": [
+        "used: the host cannot be read: write [::1]": [
             "redis://:hunter2@a..b/0",
             "redis://:hunter2@[::1/0",
+            "redis+sentinel://:hunter2@a,[::1,::2]/mymaster",
+            "redis+cluster://:hunter2@a,[::1",
+        ],
+        "used: the port is no number: is there a `#`, `/`, `?` or `@` in the password? Write %23, "
+        "%2F, %3F, %40": [
             "redis://:hunter2@localhost:port/0",
+            "redis://:hunter2@a:b:6379",
+            "redis://:hunter2@[::1]:x",
+            "redis://:hunter2/x@localhost/0",
+            "redis://:hunter2?x=1@localhost/0",
+            "redis://:hunter2#x@localhost/0",
+            "redis+sentinel://:hunter2@a:26379,b:x/mymaster",
+            "redis+cluster://:hunter2@a:7000,b:x",
+        ],
+        "used: the port is none of 1 to 65535": [
             "redis://:hunter2@localhost:0",
             "redis://:hunter2@localhost:65536",
+            "redis+cluster://:hunter2@a:7000,b:70000",
+        ],
+        "used: an `@` stands behind the host: is there a `#`, `/`, `?` or `@` in the password?": [
+            "redis://:123456?hunter2=1@localhost",
+            "redis://:1234?hunter2=1@localhost",
+            "redis://:1234?a#hunter2@localhost",
+            "redis://:1234/hunter2@localhost",
+            "redis://user?hunter2=1@localhost",
+            "redis+sentinel://:1?hunter2=1@localhost/mymaster",
+            "redis+sentinel://user/hunter2@localhost/mymaster",
+            "redis+cluster://:1/hunter2@localhost",
+        ],
+        "used: a `#` may not stand in a URL: write %23": ["redis://:hunter2@localhost/0#1"],
+        "used: the database, behind the last `/`, is a number": [
             "redis://:hunter2@localhost/zero",
             "redis://:hunter2@localhost/-1",
             "redis://:hunter2@localhost/1/2",
-            "redis://:hunter2@localhost/0#1",
-            "redis://:hunter2/x@localhost/0",
-            "redis://localhost?sockettimeout=hunter2",
+            "redis+sentinel://:hunter2@localhost/mymaster/zero",
+        ],
+        "used: `timeout` is an argument of from_url, not an option of the URL": [
+            "redis://:hunter2@localhost/0?timeout=3",
+            "redis+sentinel://localhost/mymaster?timeout=hunter2",
+        ],
+        "used: `sign_key` is an argument of from_url, not an option of the URL": [
+            "redis+cluster://localhost?sign_key=hunter2",
+        ],
+        "used: option `sock_timeout` is none of redis-py's": [
+            "redis://localhost?db=0&sock_timeout=hunter2",
+            "unix://:hunter2@/run/redis.sock?sock_timeout=1",
+            "redis://:hunter2%3Fnonsense@localhost/0?sock_timeout=1",
+            "redis+sentinel://:hunter2@localhost/mymaster?sock_timeout=1",
+            "redis+cluster://:hunter2@localhost?sock_timeout=1",
+        ],
+        "used: option `ssl_ca_certs` is one of TLS: that is rediss, not redis": [
+            "redis://:hunter2@localhost?ssl_ca_certs=hunter2",
+        ],
+        "used: option `socket_timeout` cannot have the value that it is given": [
             "redis://localhost/0?socket_timeout=hunter2",
             "redis://:hunter2@localhost/0?socket_timeout=-1",
+            "redis+cluster://:hunter2@localhost?socket_timeout=hunter2",
+        ],
+        "used: option `socket_connect_timeout` cannot": [
             "redis://:hunter2@localhost/0?socket_connect_timeout=-1",
-            "redis://:hunter2@localhost/0?protocol=9",
-            "redis://localhost?max_connections=-1",
-            "redis://localhost?db=zero",
-            "rediss://:hunter2@localhost/0?ssl_cert_reqs=zz",
+        ],
+        "used: option `protocol` cannot": ["redis://:hunter2@localhost/0?protocol=9"],
+        "used: option `max_connections` cannot": ["redis://localhost?max_connections=-1"],
+        "used: option `db` cannot": ["redis://localhost?db=zero"],
+        "used: option `ssl_cert_reqs` cannot": ["rediss://:hunter2@localhost/0?ssl_cert_reqs=zz"],
+        # What looks like one may be of a password.
+        "used: an option is none of redis-py's, or has a value": [
+            "redis://localhost?password=a&hunter2=1",
+            "redis://localhost?password=&hunter2=1",
+            "redis+sentinel://h/mymaster?password=a&hunter2=1",
+            "redis://localhost?hunter2%40=1",
+            f"redis://localhost?hunter2{34 * 'x'}=1",
+        ],
+        "used: an option is written as name=value": ["redis+cluster://h?hunter2"],
+        "used: the sentinel URL names no service: redis+sentinel://host:26379/mymaster": [
+            "redis+sentinel://:hunter2@localhost:26379",
+            "redis+sentinel://:hunter2@localhost:26379/",
+        ],
+        "used: behind the service stands the database and nothing else": [
+            "redis+sentinel://:hunter2@localhost/mymaster/0/x",
+        ],
+        "used: a cluster has database 0 only": [
+            "redis+cluster://:hunter2@localhost:7000/1",
+            "redis+cluster://:hunter2@localhost:7000/0/1",
+        ],
+        "used: a host is missing": [
+            "redis+cluster://:hunter2@",
+            "redis+cluster://:hunter2@a,,b",
+            "redis+sentinel://:hunter2@:26379/mymaster",
+        ],
+        "used: there are several `@`: user and password stand once": [
+            "redis+cluster://:hunter2@a,:hunter2@b",
+        ],
+        "give redis://user:password@host:6379/0?option=value": [
+            "redis://:hunter2@localhost?credential_provider=x",
         ],
     }.items(),
     ids=lambda value: value if isinstance(value, str) else "",
@@ -298,11 +458,18 @@ def refusal(make: Callable[[str], object], url: object) -> str:
 def test_a_url_that_cannot_be_used(
     make: Callable[[str], object], told: str, urls: list[object]
 ) -> None:
-    """A URL that leads nowhere is refused at once, with what to give and nothing secret."""
+    """A URL that leads nowhere is refused at once, with what is wrong and nothing secret."""
     for url in urls:
         message = refusal(make, url)
-        assert told in message
+        assert told in message, url
         assert "hunter2" not in message
+
+
+def test_an_option_that_a_cluster_has_not_under_asyncio() -> None:
+    """An option that redis-py takes for servers, but not for clusters, is named and refused."""
+    told = refusal(async_client_from_url, "rediss+cluster://:hunter2@localhost?ssl_ca_path=hunter2")
+    assert told.endswith("option `ssl_ca_path` is none of redis-py's cluster client for asyncio")
+    async_client_from_url("rediss+cluster://:hunter2@localhost?ssl_ca_certs=ca.pem")
 
 
 @pytest.mark.parametrize(
@@ -360,18 +527,24 @@ options = st.tuples(
     mostly(OPTIONS, odd_text), mostly(["0", "1", "2", "no", "none", "yes"], odd_text)
 ).map(lambda option: urlencode([option]))
 urls = st.tuples(
-    mostly(["redis://", "Rediss://", "UNIX:///"], st.sampled_from(["memory://", "unix://"])),
+    mostly(
+        ["redis://", "Rediss://", "UNIX:///", "redis+sentinel://", "rediss+cluster://"],
+        st.sampled_from(["memory://", "unix://"]),
+    ),
     mostly([""], passwords.map(":{}@".format)),
     mostly(["", "localhost", "[::1]"], odd_text),
     mostly(["", ":6379"], odd_text.map(":{}".format)),
-    mostly(["", "/0"], odd_text.map("/{}".format)),
+    mostly(["", "/0", "/mymaster/0"], odd_text.map("/{}".format)),
     mostly(["?"], odd_text),
     st.lists(options, max_size=3).map("&".join),
 ).map("".join)
 
 
+@settings(deadline=None)
 @given(st.one_of(urls, st.text(), passwords.map("redis://localhost?db=1&password={}".format)))
 @example(f"redis://u:6379?{SECRET}=1@localhost")
+@example(f"redis+sentinel://u:6379?{SECRET}=1@localhost/mymaster")
+@example(f"redis://localhost?db=1&password=a&{SECRET}=1")
 def test_any_url_makes_a_gate_or_is_refused(url: str) -> None:
     """Whatever the URL, it makes a gate or a ConfigurationError without its password."""
     for make in FROM_URL:
@@ -481,10 +654,81 @@ def test_the_tree_of_errors() -> None:
     assert issubclass(PayloadOverflowError, OverflowError)
 
 
+def test_a_grace_with_a_subject(flavour: Flavour) -> None:
+    """A grace that is given together with a subject is refused, and the token goes on working."""
+    gate = flavour.gate_from_url("memory://")
+    token = gate.start(300)
+    for grace in (0, 5, 10, timedelta(seconds=5)):
+        with pytest.raises(ArgumentError) as caught:
+            gate.renew(token, subject="alice", grace=grace)
+        assert str(caught.value) == (
+            "with a subject there is no grace: the old token is dead at once"
+        )
+    gate.touch(token)
+    gate.touch(gate.renew(token, subject="alice"))
+
+
+def test_a_grace_unless_it_is_given(flavour: Flavour) -> None:
+    """Without a grace, and with None for it, the old token goes on working for ten seconds."""
+    gate = flavour.gate_from_url("memory://")
+    keyspace, ring = gate._commands._keyspace, gate._commands._ring
+    commands = Commands(ring, keyspace)
+    token = gate.start(300)
+    assert commands.renew(token, None, None).args[3] == b"10"
+    assert commands.renew(token, 5, None).args[3] == b"5"
+    for old in (token, gate.start(300)):
+        gate.renew(old) if old == token else gate.renew(old, grace=None)
+        gate.touch(old)
+
+
+def test_a_token_is_no_session_id(flavour: Flavour) -> None:
+    """A token or other text where `end_one` wants an id is refused, with what it wants."""
+    gate = flavour.gate_from_url("memory://")
+    token = gate.start(300, subject="alice")
+    for text in (token, "", "hunter2", token[:-1]):
+        with pytest.raises(ArgumentError) as caught:
+            gate.end_one("alice", text)
+        assert str(caught.value) == (
+            "session_id is the 16 characters of `info.id` or `verify(token)`; to end the session "
+            "of a token, use end(token)"
+        )
+        assert caught.value.__context__ is None
+    gate.touch(token)
+
+
+def test_a_session_that_the_subject_has_not(flavour: Flavour) -> None:
+    """Of an id that is no live session of the subject's, `end_one` asks nobody to sign in again."""
+    gate = flavour.gate_from_url("memory://")
+    ended, theirs = gate.start(300, subject="alice"), gate.start(300, subject="bob")
+    gate.end(ended)
+    for token in (ended, theirs):
+        with pytest.raises(SessionNotFoundError) as caught:
+            gate.end_one("alice", gate.verify(token))
+        assert caught.value.session_id == gate.verify(token)
+        assert str(caught.value) == (
+            "the subject has no live session with this id: it ended already, or is somebody else's"
+        )
+    with pytest.raises(SessionNotFoundError, match=r"ask the client to sign in again$"):
+        gate.touch(ended)
+
+
+def test_too_few_replicas_in_words() -> None:
+    """The error of too few replicas tells how many, and the class of what the wait ended with."""
+    told = (
+        "fewer replicas than asked for (0 of 1) confirmed in time: what was written stands, unless "
+        "a failover loses it"
+    )
+    error = UnderReplicatedError(0, 1)
+    assert str(error) == told
+    error.__cause__ = redis.exceptions.NoPermissionError("hunter2")
+    assert str(error) == f"{told}: NoPermissionError"
+
+
 ERRORS: list[SessionGateError] = [
     MalformedTokenError(),
     BadSignatureError(),
     SessionNotFoundError("A" * 16),
+    SessionNotFoundError("A" * 16, of_subject=True),
     PayloadNotFoundError("user"),
     PayloadConflictError("user"),
     PayloadTypeError("user"),

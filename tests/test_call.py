@@ -13,13 +13,13 @@ from redis import exceptions as redis_errors
 from sessiongate import SessionNotFoundError, UnderReplicatedError, scripts
 from sessiongate.call import Call
 from sessiongate.command import (
+    GONE,
     Command,
     NotRun,
     Refusal,
+    Trace,
     Written,
     again,
-    nothing,
-    or_gone,
     waited_for,
 )
 
@@ -210,17 +210,20 @@ def test_recovery_comes_before_repetition() -> None:
     assert one.pause == 0
 
 
-def test_an_end_that_is_repeated_may_find_it_done() -> None:
-    """Only after a lost reply a session that is gone counts as ended."""
-    refusal = Refusal("NOSESSION")
-    first: Command[None] = Command(scripts.END, (b"key",), (), nothing, "A" * 16, repeat=or_gone)
-    assert first.judge(refusal) == refusal
-    with pytest.raises(SessionNotFoundError):
-        Call(first, 5, Clock()).goes_on(refusal)
-    one = Call(first, 5, Clock())
-    assert one.goes_on(ERRORS[0])
-    assert one.command.judge(refusal) == b""
-    assert one.command.judge(Refusal("CONFLICT")) == Refusal("CONFLICT")
+def test_a_server_that_has_not_what_was_written() -> None:
+    """Its replicas have not either, whatever it counts: another one took the place of who wrote."""
+    last = waited_for([Trace(b"one", b"fingerprint")], 2, b"result")
+    assert isinstance(last, Command)
+    assert last.written(b"1", 2) == Written(b"1", 2)
+    assert last.written(b"0", 2) == Written(b"0", 0)
+
+
+def test_only_an_answer_that_ends_it_is_waited_for() -> None:
+    """One that tells what to send next wrote nothing, and takes none of the time."""
+    one = command()._replace(replicas=1)
+    assert one.awaits(b"data")
+    assert not command().awaits(b"data")
+    assert not one._replace(waits=lambda answer: not answer).awaits(b"data")
 
 
 def test_too_few_replicas() -> None:
@@ -244,8 +247,9 @@ def test_a_wait_that_failed_is_no_failed_write() -> None:
 
 def test_operations_of_several_steps_wait_at_their_end() -> None:
     """They wait once for each server that wrote; an error there leaves the result as it is."""
-    assert waited_for(b"one", 0, b"result", b"two") == b"result"
-    last = waited_for(b"one", 2, b"result", b"two")
+    traces = Trace(b"one", b"fingerprint"), Trace(b"two", GONE)
+    assert waited_for(traces, 0, b"result") == b"result"
+    last = waited_for(traces, 2, b"result")
     assert isinstance(last, Command)
     one = call(last)
     assert one.goes_on(Written(b"", 2))
@@ -261,7 +265,7 @@ def test_operations_of_several_steps_wait_at_their_end() -> None:
 
 def test_the_fewest_replicas_count() -> None:
     """Of several servers the one with the fewest replicas is told of."""
-    last = waited_for(b"one", 2, b"result", b"two", b"three")
+    last = waited_for([Trace(key, GONE) for key in (b"one", b"two", b"three")], 2, b"result")
     assert isinstance(last, Command)
     one = call(last)
     assert one.goes_on(Written(b"", 1))

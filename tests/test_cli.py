@@ -82,6 +82,16 @@ def test_alone_it_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert output.err == ""
 
 
+def test_help_of_the_demo_lists_every_url(capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo's help lists each kind of URL that a gate takes."""
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", "--help"])
+    assert caught.value.code == 0
+    told = capsys.readouterr().out
+    for scheme in ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "memory"):
+        assert f" {scheme}://" in told
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     """`--version` prints the command's name and the library's version."""
     with pytest.raises(SystemExit) as caught:

@@ -1,6 +1,8 @@
 """Redis Cluster: every session is found where it is, also while slots and primaries move."""
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +44,8 @@ from sessiongate.command import Command, NotRun
 from sessiongate.keyspace import ID_ALPHABET, Keyspace, slot_of, system_random
 from sessiongate.lane import Lane
 from sessiongate.lines import ClusterLines
-from sessiongate.routes import Journey
+from sessiongate.routes import Journey, Routes
+from sessiongate.timed import FOREVER
 
 from .conftest import CLUSTERED, FLAVOURS, SIGN_KEY, Blocking, Flavour, awaited, new_cluster
 from .servers import Cluster, Server, free_port
@@ -393,6 +396,42 @@ def test_threads_over_many_servers(cluster: Cluster) -> None:
 def test_a_gate_survives_a_fork(cluster: Cluster) -> None:
     """After a fork parent and children go on with one gate, and none sees another's reply."""
     survive_forks(cluster.port, "cluster")
+
+
+def test_a_fork_while_the_topology_is_read(cluster: Cluster) -> None:
+    """The child of a fork waits for no lock that a thread of its parent held."""
+    client = RedisCluster(host="127.0.0.1", port=cluster.port, protocol=2)
+    mine = Routes(client)
+    command = Command(scripts.TOUCH, (b"sg-session:{A}",), (), bytes, "")
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with client.nodes_manager._initialization_lock, client._lock, mine._lock, mine._making:
+            held.set()
+            done.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        holding = pool.submit(hold)
+        assert held.wait(5)
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                signal.alarm(10)
+                # A thread of the child may be taken for one of the parent's: these take the names.
+                for _ in range(5):
+                    threading.Thread(target=done.wait, daemon=True).start()
+                name = mine.node(command, Journey(FOREVER), FOREVER).name
+                mine.heard(name, ConnectionError("x"))
+                mine.node(command, Journey(FOREVER), FOREVER)
+                code = int(mine.turn != 1)  # it was read, or not
+            finally:
+                os._exit(code)
+        status = os.waitpid(child, 0)[1]
+        done.set()
+        holding.result()
+    client.close()
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_a_slot_that_nobody_serves(flavour: Flavour, cluster: Cluster) -> None:

@@ -32,9 +32,13 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LUA = {path.name: path.read_bytes() for path in (ROOT / "lua").glob("*.lua")}
 
+# What stands on the pages for the server of a reader.
+READERS_URL = "redis://localhost:6379/0"
+
 # What a page that is not true ends in.
 WRONG = (
     AssertionError,
+    NameError,
     pytest.fail.Exception,
     subprocess.CalledProcessError,
     SyntaxError,
@@ -58,6 +62,7 @@ def test_every_code_block_of_a_page_is_true(path: Path, server: Server) -> None:
         "```ruby\nputs 1\n```\n",
         "```python\nno end\n",
         "```python\nraise ValueError\n```\n",
+        "```python\nurl\n```\n",
         "```python\nno Python\n```\n",
         "```python\n>>> 1 + 1\n3\n\n```\n",
         "```python\nprint(1)\n```\n```text\n2\n```\n",
@@ -103,7 +108,7 @@ def test_a_page_that_is_true_passes(server: Server) -> None:
     ```python
     >>> one + 1
     2
-    >>> Redis.from_url(url, protocol=2).exists("a")
+    >>> Redis.from_url("redis://localhost:6379/0", protocol=2).exists("a")
     0
     ```
     ```sh
@@ -132,9 +137,9 @@ def test_a_page_that_is_true_passes(server: Server) -> None:
     (error) WRONGTYPE ...
     > GET b
     (nil)
-    > EVAL <end.lua> 1 a fingerprint echo
+    > EVAL <end.lua> 1 a fingerprint 0 echo
     (error) NOSESSION echo
-    > EVALSHA <sha1 of end.lua> 1 a fingerprint echo
+    > EVALSHA <sha1 of end.lua> 1 a fingerprint 0 echo
     (error) NOSESSION echo
     ```
     """
@@ -172,13 +177,13 @@ def blocks(page: str) -> Iterator[Block]:
 
 
 class Page:
-    """Runs the code blocks of a page. Its Python finds a `url`: that of a real, empty server."""
+    """Runs the code blocks of a page. A reader's server is for its Python a real, empty one."""
 
     def __init__(self, text: str, path: Path, server: Server) -> None:
         self._text = text
         self._path = path
         self._server = server
-        self._names: dict[str, object] = {"__name__": path.stem, "url": server.url}
+        self._names: dict[str, object] = {"__name__": path.stem}
         # Tells what the last block printed, if that can be shown.
         self._printed: Callable[[], str] | None = None
 
@@ -210,6 +215,7 @@ class Page:
                 pytest.fail(f"nothing checks a block of {language or 'no language'}")
 
     def _python(self, block: Block) -> None:
+        block = block._replace(lines=[self._here(line) for line in block.lines])
         if any(line.lstrip().startswith(">>>") for line in block.lines):
             parser = doctest.DocTestParser()
             path, line = str(self._path), block.line - 1
@@ -220,6 +226,9 @@ class Page:
         with redirect_stdout(io.StringIO()) as printed:
             exec(code, self._names)  # noqa: S102  # pages are code of this project
         self._printed = printed.getvalue
+
+    def _here(self, line: str) -> str:
+        return line.replace(READERS_URL, self._server.url)
 
     def _sh(self, block: Block) -> None:
         for line in block.lines:

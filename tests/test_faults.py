@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Self, cast
 
 import pytest
@@ -24,6 +25,7 @@ from sessiongate import (
 
 from .conftest import CLUSTERED, SIGN_KEY, Flavour, running
 from .faults import DIRECTIONS, Direction, Fault, FaultProxy, Passed
+from .proxy import Proxy
 from .servers import Server
 
 
@@ -340,7 +342,8 @@ class Scene:
         """How many there are; each ends some time, as everything does."""
         keys = cast("list[bytes]", self.client.keys())
         assert all(self.client.pttl(key) > 0 for key in keys)
-        return len([key for key in keys if key.startswith(b"sg-session:{")])
+        sessions = [key for key in keys if key.startswith(b"sg-session:{")]
+        return sum(self.client.hexists(key, "fp") for key in sessions)
 
 
 class Case(NamedTuple):
@@ -461,6 +464,47 @@ def test_a_lost_reply_of_what_is_repeated(scene: Scene, case: Case, offset: int)
     returned = case.call(scene.gate, token)
     assert scene.proxy.struck
     assert case.ran_once(scene, token, returned)
+
+
+def test_an_end_that_never_arrived(flavour: Flavour, scene: Scene) -> None:
+    """An end that is sent again ends nothing, and says so, if the session is not its to end."""
+    old = scene.direct.start(300, subject="alice")
+    token = scene.direct.renew(old, grace=0)
+    scene.proxy.arm("reset", "request", 30)
+    with pytest.raises(SessionNotFoundError):
+        scene.gate.end(old)
+    assert scene.proxy.struck
+    client = flavour.client(scene.proxy.port)
+    other = flavour.gate(client, "the sign key of another application")
+    other.sessions("alice")  # it has a connection
+    scene.proxy.arm("reset", "request", 30)
+    with pytest.raises(SessionNotFoundError):
+        other.end_one("alice", scene.direct.verify(token))
+    assert scene.proxy.struck
+    scene.direct.touch(token)
+
+
+@pytest.mark.parametrize("end", ["end_one", "end_all"])
+def test_a_start_whose_session_was_ended_meanwhile(scene: Scene, end: str) -> None:
+    """A start that is sent again does not open that session again which somebody found and ended.
+
+    It opens another one: it was under way all the time.
+    """
+    scene.proxy.arm("stall", "reply", 0)
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(scene.gate.start, 300, _PAYLOADS, subject="alice")
+        deadline = time.monotonic() + _TRY
+        while not (infos := scene.direct.sessions("alice")):
+            assert time.monotonic() < deadline
+        if end == "end_one":
+            scene.direct.end_one("alice", infos[0].id)
+        else:
+            assert scene.direct.end_all("alice") == 1
+        token = starting.result()
+    ended = infos[0].id
+    assert [info.id for info in scene.direct.sessions("alice")] == [scene.direct.verify(token)]
+    assert not scene.client.exists(f"sg-session:{{{ended}}}")
+    assert scene.direct.pall(token) == _HELD
 
 
 @each(REPEATED)
@@ -593,6 +637,61 @@ def replicated() -> Iterator[Server]:
         while client.set("ready", "1") and client.wait(1, 100) < 1:
             assert time.monotonic() < deadline
         yield primary
+
+
+class Failover(Proxy):
+    """Leads to a successor from the reply on that the next operation of that script has."""
+
+    script: scripts.Script | None = None
+    successor = 0
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        self.alter = self._fail_over
+
+    def _fail_over(self, data: bytes) -> bytes:
+        script = self.script
+        if script and not data.startswith(b"-") and script.sha.encode() in self.requests[-1]:
+            self.script = None
+            self._upstream = self.successor
+            self.cut_replies = 1
+        return data
+
+
+# An operation of one step or more, and the script that does its work.
+_WAITED_FOR: dict[str, tuple[scripts.Script, Callable[[SessionGate, str], object]]] = {
+    "start": (scripts.START, lambda gate, _: gate.start(300, min_replicas=1)),
+    "start of a subject's": (
+        scripts.ENROLL,
+        lambda gate, _: gate.start(300, subject="alice", min_replicas=1),
+    ),
+    "sign in": (
+        scripts.ENROLL,
+        lambda gate, token: gate.renew(token, subject="alice", min_replicas=1),
+    ),
+    "renew": (scripts.RENEW, lambda gate, token: gate.renew(token, min_replicas=1)),
+    "expire": (scripts.EXPIRE, lambda gate, token: gate.expire(token, 0, min_replicas=1)),
+    "end": (scripts.END, lambda gate, token: gate.end(token, min_replicas=1)),
+    "end_all": (scripts.END_ALL, lambda gate, _: gate.end_all("alice", min_replicas=1)),
+    "end_all of none": (scripts.INDEX, lambda gate, _: gate.end_all("bob", min_replicas=1)),
+}
+
+
+@pytest.mark.parametrize("name", _WAITED_FOR)
+def test_replicas_of_another_server_do_not_count(
+    scene: Scene, flavour: Flavour, replicated: Server, name: str
+) -> None:
+    """A write is on no replica if another server takes over before it is: not on those of that."""
+    script, call = _WAITED_FOR[name]
+    token = scene.direct.start(300, subject="alice")
+    with Failover(scene.client.connection_pool.connection_kwargs["port"]) as proxy:
+        gate = flavour.gate_from_url(f"redis://127.0.0.1:{proxy.port}", timeout=2.0)
+        gate.touch(token)
+        proxy.successor, proxy.script = replicated.port, script
+        with pytest.raises(UnderReplicatedError) as caught:
+            call(gate, token)
+        assert proxy.script is None
+    assert caught.value.replicas == 0
 
 
 @pytest.mark.parametrize("fault", ["duplicate", "drop"])

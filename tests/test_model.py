@@ -557,6 +557,9 @@ class Sessions(RuleBasedStateMachine):
                 pipeline.pttl(key)
             answers = pipeline.execute()
             for key, value, pttl in zip(keys, answers[::2], answers[1::2], strict=True):
+                if b"taken" in value and b"fp" not in value:  # it went on in another slot
+                    assert 0 < pttl <= 60_000
+                    continue
                 left[key] = pttl
                 if isinstance(value, dict):
                     hashes[key] = value

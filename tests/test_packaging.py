@@ -173,6 +173,15 @@ def test_an_install_works(built: Built, install: Install) -> None:
     assert told["scripts"] == sources
 
 
+def test_a_checkout_that_hides_the_install(built: Built, install_of: InstallOf) -> None:
+    """In the folder of a checkout, whose package hides the installed one, it runs all the same."""
+    assert not (built.tree / "sessiongate" / "lua").exists()
+    code = "import sessiongate.scripts as it; print(it.__file__, len(it.PGET.source))"
+    told = run(install_of("wheel").python, "-B", "-c", code, cwd=built.tree)
+    size = (built.tree / "lua" / "pget.lua").stat().st_size
+    assert told == f"{built.tree / 'sessiongate' / 'scripts.py'} {size}\n"
+
+
 def test_an_install_has_the_command(install: Install) -> None:
     """Each kind of install brings the command `sessiongate`."""
     output = run(install.scripts / "sessiongate", "--version", cwd=install.folder)

@@ -35,6 +35,7 @@ from sessiongate import (
     arguments,
     call,
     keyspace,
+    subjects,
 )
 from sessiongate.command import AnyCommand, Command
 from sessiongate.commands import Commands
@@ -144,7 +145,7 @@ class Client:
         while True:
             token = self.sign(draw(13) + draw(3))
             try:
-                self.send_start(token, ttl, payloads, idle_timeout, tried=0)
+                self.send_start(token, ttl, payloads, idle_timeout, again=False)
             except RefusedError as error:
                 if error.code != "TRYAGAIN":
                     raise
@@ -158,12 +159,12 @@ class Client:
         payloads: dict[str, bytes],
         idle: bytes = b"",
         *,
-        tried: int,
+        again: bool,
     ) -> None:
         session_id, _, fingerprint = self.verify(token)
         keys = [key_of(session_id), tries_of(session_id)]
-        args = (number(ttl), number(tried), idle, number(len(payloads)), *pairs(payloads))
-        self.call("start", keys, fingerprint, *args, elsewhere=not tried)
+        args = (number(ttl), number(again), idle, number(len(payloads)), *pairs(payloads))
+        self.call("start", keys, fingerprint, *args, elsewhere=not again)
 
     def touch(self, token: str) -> None:
         self.ask("touch", token)
@@ -212,7 +213,7 @@ class Client:
         started, ttl, idle, *fields = self.export(token)
         new = self.enroll(subject, ttl, idle, started, generation, fields=fields)
         try:
-            last = self.export(token, b"1")[3:]
+            last = self.export(token, self.verify(new).fingerprint)[3:]
         except RefusedError:
             self.end(new)
             raise
@@ -220,14 +221,14 @@ class Client:
             self.import_fields(new, *last)
         return new
 
-    def export(self, token: str, take: bytes = b"0") -> list[bytes]:
-        return items(self.ask("export", token, take))
+    def export(self, token: str, taker: bytes = b"") -> list[bytes]:
+        return items(self.ask("export", token, taker))
 
     def import_fields(self, token: str, *fields: bytes) -> None:
         self.ask("import", token, number(len(fields) // 2), *fields)
 
-    def end(self, token: str) -> None:
-        self.ask("end", token)
+    def end(self, token: str, *, again: bool = False) -> None:
+        self.ask("end", token, number(again))
 
     # --- payloads ---
 
@@ -285,7 +286,7 @@ class Client:
     ) -> str:
         token = self.sign(draw_in(slot_of(index_of(subject))), generation)
         words = (ttl, idle, started, source, fields or [])
-        self.send_enroll(token, subject, *words, tried=0)
+        self.send_enroll(token, subject, *words, again=False)
         return token
 
     def send_enroll(  # noqa: PLR0913, PLR0917  # likewise
@@ -298,7 +299,7 @@ class Client:
         source: str | None,
         fields: list[bytes],
         *,
-        tried: int,
+        again: bool,
     ) -> None:
         session_id, generation, fingerprint = self.verify(token)
         keys = [key_of(session_id), index_of(subject), tries_of(session_id)]
@@ -311,7 +312,7 @@ class Client:
             answer = self.call(
                 "enroll",
                 [*keys, *map(key_of_entry, entries)],
-                *(fingerprint, ttl, number(tried), idle, session_id.encode(), started),
+                *(fingerprint, ttl, number(again), idle, session_id.encode(), started),
                 *(number(generation), source_fingerprint, source_id.encode()),
                 *(number(self.limit), b"1" if self.evicts else b"0"),
                 *(number(len(subs)), number(len(entries)), number(len(fields) // 2)),
@@ -346,9 +347,9 @@ class Client:
             entries = entries + entries_of(moved) if moved else []
         return ended
 
-    def end_one(self, subject: str, session_id: str) -> None:
+    def end_one(self, subject: str, session_id: str, *, again: bool = False) -> None:
         keys = [key_of(session_id), index_of(subject)]
-        self.call("end_one", keys, session_id.encode(), *self.subs(subject))
+        self.call("end_one", keys, session_id.encode(), number(again), *self.subs(subject))
 
     def index(self, subject: str) -> tuple[bytes, list[bytes]]:
         """The server's time, and the entries."""
@@ -444,8 +445,9 @@ class Client:
         self._asked.add(port)
         return first
 
-    def mark(self, key: bytes) -> None:
-        self.call("mark", [key])
+    def mark(self, key: bytes, sign: bytes = b"") -> bool:
+        """Whether the server has what was written, if there is a sign to know it by."""
+        return self.call("mark", [key], sign) == b"1"
 
     def wait(self, replicas: int, milliseconds: int) -> int:
         """How many replicas have what was written on the connection."""
@@ -612,7 +614,7 @@ def all_operations(client: Client) -> None:
         with refused("NOPAYLOAD"):
             missing(token, "user")
     with refused("IDTAKEN"):
-        client.send_start(token, 300, {}, tried=0)
+        client.send_start(token, 300, {}, again=False)
     all_payloads(client, token)
     token = all_renewals(client, token)
     client.end(token)
@@ -627,6 +629,8 @@ def all_operations(client: Client) -> None:
             (client.renew,),
             (client.renew, 10, "bob"),
             (client.move, "bob"),
+            (client.export,),
+            (client.export, b"a taker's print."),
             (client.import_fields,),
             (client.pset, "user", b"x"),
             (client.pset_if, "user", b"x"),
@@ -775,7 +779,7 @@ def test_a_slot_that_is_on_its_way(
     client, slot = cluster_client, slot_of(key_of("A" * 16))
     moved, left = client.sign("A" * 16), client.sign(draw_in(slot))
     for token in (moved, left):
-        client.send_start(token, 300, {"user": b"x"}, tried=0)
+        client.send_start(token, 300, {"user": b"x"}, again=False)
     here = cluster.server_of(slot)
     there = next(server for server in cluster.servers if server is not here)
     drawn = iter(["A" * 13, "AAA", "B" * 13, "BBB"])
@@ -1105,50 +1109,59 @@ def test_a_retired_sign_key_verifies(client: Client, server: Server) -> None:
 
 
 def test_a_start_that_is_sent_again(client: Client) -> None:
-    """A repeated start leaves what the first made, opens what it did not, takes nobody's id."""
+    """A repeated start leaves what the first made, opens nothing itself, and takes nobody's id."""
     token = client.start(300, {"user": b"x"})
-    for tried in (1, 2):
-        client.send_start(token, 300, {"user": b"other"}, tried=tried)
+    for _ in range(2):
+        client.send_start(token, 300, {"user": b"other"}, again=True)
     assert client.pget(token, "user") == b"x"
     lost = client.sign("A" * 16)
-    client.send_start(lost, 300, {"user": b"y"}, tried=1)
-    assert client.pget(lost, "user") == b"y"
-    for late in (token, lost):
-        client.end(late)
-        with refused("IDTAKEN"):
-            client.send_start(late, 300, {}, tried=0)
+    client.end(token)
+    for gone in (token, lost):
+        # Whether the first try never came or what it opened has ended: neither opens it any more.
+        for again in (True, False, True):
+            with refused("IDTAKEN"):
+                client.send_start(gone, 300, {}, again=again)
         with refused("NOSESSION"):
-            client.touch(late)
-    client.send_start(lost, 300, {}, tried=2)
-    client.sign_keys = (b"another sign key",)
+            client.touch(gone)
+    theirs = client.start(300, {"user": b"theirs"})
+    client.sign_keys = (b"another sign key", *client.sign_keys)
     with refused("IDTAKEN"):
-        client.send_start(client.sign("A" * 16), 300, {}, tried=3)
+        client.send_start(client.sign(client.verify(theirs).session_id), 300, {}, again=True)
+    assert client.pget(theirs, "user") == b"theirs"
 
 
 def test_an_enroll_that_is_sent_again(client: Client) -> None:
-    """A repeated enroll leaves what the first made, opens what it did not, takes nobody's id."""
-    source = client.start(300, {"user": b"x"})
-    ids = [draw_in(slot_of(index_of("zoë"))) for _ in range(2)]
-    opened, given = client.sign(ids[0]), client.sign(ids[1], 1)
-    calls = (
-        (opened, (b"300", b"", b"", None, [b":user", b"x"])),
-        (given, (b"", b"", b"", source, list[bytes]())),
-    )
+    """A repeated enroll leaves what the first made, opens nothing itself, and takes nobody's id."""
+    source, other = (client.start(300, {"user": b"x"}) for _ in range(2))
+    ids = [draw_in(slot_of(index_of("zoë"))) for _ in range(4)]
+    words = (b"300", b"", b"", None, [b":user", b"x"])
+    given = (b"", b"", b"", source, list[bytes]())
+    calls = ((client.sign(ids[0]), words), (client.sign(ids[1], 1), given))
     for token, args in calls:
-        for tried in (1, 1, 2):
-            client.send_enroll(token, "zoë", *args, tried=tried)
+        client.send_enroll(token, "zoë", *args, again=False)
+        for _ in range(2):
+            client.send_enroll(token, "zoë", *args, again=True)
         with refused("IDTAKEN"):
-            client.send_enroll(token, "zoë", *args, tried=0)
+            client.send_enroll(token, "zoë", *args, again=False)
         assert client.pget(token, "user") == b"x"
     assert len(client.sessions("zoë")) == 2
     with refused("NOSESSION"):
         client.touch(source)
+    client.sign_keys = (b"another sign key", *client.sign_keys)
+    with refused("IDTAKEN"):
+        client.send_enroll(client.sign(ids[0]), "zoë", *words, again=True)
+    client.sign_keys = client.sign_keys[1:]
     assert client.end_all("zoë") == 2
-    for token, args in calls:
-        for tried in (0, 1):
+    lost = (
+        (client.sign(ids[2]), words),
+        (client.sign(ids[3], 1), (b"", b"", b"", other, list[bytes]())),
+    )
+    for token, args in calls + lost:
+        for again in (True, False, True):
             with refused("IDTAKEN"):
-                client.send_enroll(token, "zoë", *args, tried=tried)
+                client.send_enroll(token, "zoë", *args, again=again)
     assert client.sessions("zoë") == []
+    assert client.pget(other, "user") == b"x"
 
 
 def test_a_deletion_that_is_sent_again(client: Client) -> None:
@@ -1172,15 +1185,64 @@ def test_a_deletion_that_is_sent_again(client: Client) -> None:
 
 
 def test_an_end_that_is_sent_again(client: Client) -> None:
-    """A repeated end of a session says that it is gone, by its token or by its id."""
+    """A repeated end succeeds if the session is gone, by token or by id; a first one does not."""
     by_token, by_id = (client.start(300, {}, "zoë") for _ in range(2))
     client.end(by_token)
     client.end_one("zoë", client.verify(by_id).session_id)
     for token in (by_token, by_id):
+        session_id = client.verify(token).session_id
+        client.end(token, again=True)
+        client.end_one("zoë", session_id, again=True)
         with refused("NOSESSION"):
             client.end(token)
         with refused("NOSESSION"):
-            client.end_one("zoë", client.verify(token).session_id)
+            client.end_one("zoë", session_id)
+
+
+def test_an_end_that_is_sent_again_is_no_success_on_what_is_there(client: Client) -> None:
+    """A repeated end of a session that is not this token's or subject's is NOSESSION, as ever."""
+    token = client.start(300, {}, "zoë")
+    session_id = client.verify(token).session_id
+    with refused("NOSESSION"):
+        client.end_one("alice", session_id, again=True)
+    with refused("NOSESSION"):
+        client.end(client.sign(session_id, 5), again=True)
+    client.touch(token)
+    # The first may never have come.
+    client.end(token, again=True)
+    other = client.start(300, {}, "zoë")
+    client.end_one("zoë", client.verify(other).session_id, again=True)
+    for ended in (token, other):
+        with refused("NOSESSION"):
+            client.touch(ended)
+
+
+def test_a_session_that_was_taken(client: Client, server: Server) -> None:
+    """Who took a session gets it once more, nobody else does, and no token opens it."""
+    token = client.start(300, {"a": b"1"}, "zoë")
+    client.pset_if(token, "b", b"2", ttl=100)
+    session_id, _, fingerprint = client.verify(token)
+    with server.client() as admin:
+        before = admin.hget(key_of(session_id), "fp")
+        taker = client.verify(client.sign(session_id, 1)).fingerprint
+        taken = client.export(token, taker)
+        assert couples(client.export(token, taker)[3:]) == couples(taken[3:])
+        assert couples(taken[3:])[b":a"] == b"1"
+        held = admin.hgetall(key_of(session_id))
+        assert held.keys() == {b"taken", b":a", b";b"}
+        assert held[b"taken"] == taker + before
+        assert before.startswith(fingerprint)
+        assert 0 < admin.pttl(key_of(session_id)) <= 60_000
+    for operation, *args in (
+        (client.export,),
+        (client.export, b"another taker..."),
+        (client.touch,),
+        (client.pall,),
+        (client.end,),
+    ):
+        with refused("NOSESSION"):
+            operation(token, *args)
+    assert client.sessions("zoë") == []
 
 
 @pytest.mark.parametrize("name", ["user", "cart"])
@@ -1257,7 +1319,7 @@ def test_a_server_without_memory(own_client: Client, own_server: Server) -> None
         client.pset(token, "user", b"y")
     new = client.sign("A" * 16)
     with refused("OOM"):
-        client.send_start(new, 300, {}, tried=0)
+        client.send_start(new, 300, {}, again=False)
     for operation, *args in (
         (client.pset_if, "user", b"y"),
         (client.pset_if, "user", b"y", b"", b"", 10),
@@ -1319,7 +1381,7 @@ def test_a_server_that_became_a_replica(own_client: Client, own_server: Server) 
         (client.pdel, "none"),
         (client.ppop, "user"),
         (client.pincr, "n"),
-        (client.export, b"1"),
+        (client.export, b"a taker's print."),
         (client.import_fields, b":user", b"y"),
         (client.end,),
     ):
@@ -1390,11 +1452,15 @@ def test_waiting_for_replicas(own_client: Client, own_server: Server) -> None:
             assert other.wait(1, 1) == 0
             client.end(new)
             assert client.wait(1, 1) == 0
-            with refused("NOSESSION"):
-                other.end(new)
+            other.end(new, again=True)  # it only reads
             for gone in (key, index_of("nobody")):
                 other.mark(gone)
                 assert other.wait(1, 1) == 0
+            assert other.mark(key, b"gone")
+            assert not other.mark(key, client.verify(new).fingerprint)
+            assert other.end_all("zoë") == 0
+            other.mark(index_of("zoë"))
+            assert other.wait(1, 1) == 0
         finally:
             replica.resume()
         for each in (client, other):
@@ -1412,7 +1478,7 @@ def test_a_broken_off_script_has_no_echo(client: Client, server: Server) -> None
     with pytest.raises(BrokenOffError, match=r"WRONGTYPE"):
         client.pget(token, "user")
     with refused("IDTAKEN"):
-        client.send_start(token, 300, {}, tried=0)
+        client.send_start(token, 300, {}, again=False)
     assert client.connections == 1
 
 
@@ -1554,9 +1620,10 @@ def test_a_hash_holds_what_the_page_says(client: Client, server: Server) -> None
         client.send_pdel(token, "b", nonce)
     with refused("NOPAYLOAD"):
         client.send_pdel(token, "b", nonces[-1])
-    again = client.start(300, {"a": b"1"})
-    for tried in (1, 2):
-        client.send_start(again, 300, {}, tried=tried)
+    again, never = client.start(300, {"a": b"1"}), client.sign("B" * 16)
+    client.send_start(again, 300, {}, again=True)
+    with refused("IDTAKEN"):
+        client.send_start(never, 300, {}, again=True)
     for key in (key_of(client.verify(again).session_id), key_of("A" * 16)):
         client.mark(key)
     session_id, _, fingerprint = client.verify(token)
@@ -1566,15 +1633,16 @@ def test_a_hash_holds_what_the_page_says(client: Client, server: Server) -> None
         held = {name.decode(): data for name, data in admin.hgetall(key_of(session_id)).items()}
         ((listed, score),) = admin.zrange(index_of("zoë"), 0, -1, withscores=True)
         assert 299_000 < admin.pttl(index_of("zoë")) <= 300_000
-        tries = tries_of(client.verify(again).session_id)
-        assert admin.get(tries) == b"2"
+        tries = tries_of("B" * 16)
+        assert admin.get(tries) == b""
         assert 3_599_000 < admin.pttl(tries) <= 3_600_000
         keys = {key_of(client.verify(each).session_id) for each in (token, again)}
         assert set(admin.keys()) == keys | {tries, index_of("zoë")}
         assert set(admin.hgetall(key_of(client.verify(again).session_id))) == {b"fp", b":a"}
     assert set(held) == {"fp", ":a", ";timed", "sub", "gen", "old", "did"}
     rows = set(table("What Redis holds"))
-    assert {"fp", "sub", "gen", "old", "did", "sum`, `mark", ":<name>", ";<name>"} <= rows
+    fields = {"fp", "sub", "gen", "old", "did", "pending", "taken", "sum`, `mark"}
+    assert fields | {":<name>", ";<name>"} <= rows
     for shown in ("{<id>}", "subject:{<subject>}", "tries:{<id>}"):
         assert f"<prefix>:{shown}" in rows
     assert held["fp"] == fingerprint + b"%d%d100" % (info.started_us, info.ends_ms)
@@ -1651,22 +1719,33 @@ def test_what_is_sent_again_is_what_the_library_sends_again() -> None:
     """The page lets a client send again what SessionGate does, and leaves alone what it does."""
     rows = re.findall(r"^\| (`.+?) \|", section("What is sent again"), re.MULTILINE)
     shown = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)}
+    told_so = {
+        name: int(number) - 1
+        for row, number in re.findall(r"^\| (`.+?) \| .*`1` in `ARGV\[(\d)\]`", PAGE, re.MULTILINE)
+        for name in re.findall(r"`([a-z_]+)`", row)
+    }
+    assert told_so.keys() == {"start", "enroll", "end", "end_one"}
     left = section("What is sent again").partition("Leave the others")[2].partition(". ")[0]
     alone = set(re.findall(r"`([a-z_]+)`", left))
-    assert shown & alone == {"export"}  # with 0 and with 1
+    assert not shown & alone
     assert shown | alone == set(SCRIPTS)
     met = set()
     for command in commands_of_the_library():
         name = command.script.name
-        expected = name in shown
-        if name == "export":
-            expected = command.args[1] == b"0"
-        assert (command.repeat is not None) == expected, name
         met.add(name)
+        assert (command.repeat is not None) == (name in shown), name
+        if command.repeat:
+            args = list(command.args)
+            if name in told_so:
+                assert args[told_so[name]] == b"0"
+                args[told_so[name]] = b"1"
+            once_more = command.repeat(command)
+            assert (once_more.keys, once_more.args) == (command.keys, tuple(args)), name
     assert met == set(SCRIPTS) - {"echo"}  # that is no operation
     pauses = [round(1000 * call._PAUSE * call._LONGER**n) for n in range(call._REPEATS)]
     text = " ".join(section("What is sent again").split())
     assert "at most four times, after pauses of up to {}, {}, {} and {} ms".format(*pauses) in text
+    assert f"SessionGate does after {subjects.MAX_DRAWS} ids" in table("The scripts")["IDTAKEN"]
 
 
 def commands_of_the_library() -> Iterator[AnyCommand]:
@@ -1696,9 +1775,8 @@ def commands_of_the_library() -> Iterator[AnyCommand]:
     for listing in (commands.sessions("zoë"), commands.end_all("zoë", None)):
         yield listing
         yield following(listing, b"9" * 16 + entry)
-    yield following(commands.end_all("zoë", None, 1), b"9" * 16)
     # From slot to slot.
-    sign_in = commands.renew(token, 10, "zoë")
+    sign_in = commands.renew(token, None, "zoë", 1)
     yield sign_in
     assert sign_in.recover is not None
     export = sign_in.recover(sign_in, ClusterCrossSlotError("CROSSSLOT"))
@@ -1708,7 +1786,43 @@ def commands_of_the_library() -> Iterator[AnyCommand]:
     yield enroll
     take = following(enroll, b"")
     yield take
-    yield following(take, b"16:" + b"9" * 16 + b"1:90:2::a1:2")
+    fields = following(take, b"16:" + b"9" * 16 + b"1:90:2::a1:2")
+    yield fields
+    for key, sign in ((enroll.keys[0], enroll.args[0]), (export.keys[0], b"gone")):
+        mark = following(fields, b"")
+        yield mark
+        assert (mark.keys, mark.args) == ((key,), (sign,))
+        fields = mark
+
+
+def test_replicas_are_waited_for_where_the_page_says() -> None:
+    """Of several calls the library waits behind the one that did the work, told by its result."""
+    entry = b"0" * 16 + draw_in(slot_of(index_of("zoë"))).encode()
+    done = {
+        "expire": (b"", b"zo"),
+        "enroll": (b"", entry),
+        "end_all": (b"1:", b"1:" + entry),
+        "index": (b"9" * 16, b"9" * 16 + entry),
+    }
+    names = keyspace.Keyspace("sg-session", keyspace.system_random)
+    commands = Commands(SignKeyRing(SIGN_KEY), names)
+    token = Client(0, SIGN_KEY.encode()).sign("A" * 16)
+    expire, listing = commands.expire(token, 300, 1), commands.end_all("zoë", None, 1)
+    several: list[AnyCommand] = [
+        expire,
+        commands.start(300, subject="zoë", min_replicas=1),
+        commands.renew(token, None, "zoë", 1),
+        listing,
+        following(listing, b"9" * 16 + entry),
+    ]
+    for command in several:
+        result, no_result = done[command.script.name]
+        assert command.awaits(result)
+        assert not command.awaits(no_result)
+    assert {command.script.name for command in several} == set(done)
+    assert following(expire, b"zo").awaits(b"")
+    rows = section("Waiting for replicas")
+    assert {name for name in done if f"`{name}`" in rows} == set(done)
 
 
 def following(command: AnyCommand, answer: bytes) -> AnyCommand:

@@ -52,7 +52,7 @@ GLOBALS = {
 }
 REPLICATES = "if redis.replicate_commands then redis.replicate_commands() end"
 READS = {
-    *("EXISTS", "GET", "HEXISTS", "HGET", "HGETALL", "HKEYS", "HLEN", "HMGET", "HSTRLEN", "PTTL"),
+    *("EXISTS", "HEXISTS", "HGET", "HGETALL", "HKEYS", "HLEN", "HMGET", "HSTRLEN", "PTTL"),
     *("TIME", "ZCARD", "ZCOUNT", "ZRANGE", "ZRANGEBYSCORE", "ZREVRANGE"),
 }
 
@@ -68,7 +68,7 @@ def header(name: str) -> str:
 
 def code(name: str) -> str:
     """A script without its comments."""
-    return re.sub(r"--.*", "", SOURCES[name])
+    return re.sub(r" *--.*", "", SOURCES[name])
 
 
 def words(text: str) -> list[str]:
@@ -225,24 +225,30 @@ def test_what_opens_a_session_looks_at_its_token_in_the_one_way(name: str) -> No
 
 
 def looks_at_tries(name: str) -> str:
-    """What a script that opens a session asks first: whether a try of the same did so before."""
+    """What a script that opens a session asks first: whether it is the first try to open it."""
     found = re.search(
-        r"^if redis\.call\('EXISTS', \w+, tries\).*?^end\n", code(name), re.MULTILINE | re.DOTALL
+        r"^if again == '1' then\n.*?^if [^\n]*, tries\).*?^end\n",
+        code(name),
+        re.MULTILINE | re.DOTALL,
     )
     return found[0] if found else ""
 
 
 def test_what_opens_a_session_looks_at_its_tries_in_the_one_way() -> None:
-    """`start` and `enroll` hold the same lines; what these write they write when all is done."""
+    """`start` and `enroll` hold the same lines; a repetition writes only if it found no session."""
     told = looks_at_tries("enroll")
     assert told == looks_at_tries("start").replace("session", "new").replace(
         "fingerprint", "successor"
     )
-    before, _, after = told.partition("  if ours then return echo end\n")
-    assert written(before) == ["SET"]
-    assert "noted = ours and " in before
-    assert not written(after)
+    before, _, after = told.partition("== successor then return echo end\n")
+    assert not written(before)
+    assert written(after) == ["SET"]
+    repeated, _, first = after.partition("\nend\n")
+    assert written(repeated) == ["SET"]
+    assert first.startswith("if again == '1' or redis.call('EXISTS', new, tries) > 0 then\n")
     assert {name for name in SOURCES if "tries" in declared(name)} == {"start", "enroll"}
+    for name in ("start", "enroll"):
+        assert words(code(name).replace(looks_at_tries(name), "")).count("tries") == 1  # its KEYS
 
 
 def written(text: str) -> list[str]:
@@ -332,29 +338,29 @@ def new() -> New:
     )
 
 
-def start(one: New, tried: int = 0, ttl: bytes = b"300", idle: bytes = NONE) -> Call:
+def start(one: New, again: bool = False, ttl: bytes = b"300", idle: bytes = NONE) -> Call:
     return Call(
-        "start", [one.session, one.tries], [TOKEN, ttl, b"%d" % tried, idle, b"1", b":a", b"1"]
+        "start", [one.session, one.tries], [TOKEN, ttl, b"%d" % again, idle, b"1", b":a", b"1"]
     )
 
 
 def enroll(
     one: New,
     *others: New,
-    tried: int = 0,
+    again: bool = False,
     ttl: bytes = b"300",
     limit: tuple[bytes, bytes] = (b"5", b"1"),
 ) -> Call:
     """Open a session of the subject, knowing of others."""
-    args = [ttl, b"%d" % tried, NONE, one.id, STARTED, b"0", NONE, NONE, *limit, b"1"]
+    args = [ttl, b"%d" % again, NONE, one.id, STARTED, b"0", NONE, NONE, *limit, b"1"]
     listed = [b"%d" % len(others), b"1", SUB, *(other.entry for other in others)]
     keys = [one.session, INDEX, one.tries, *(other.session for other in others)]
     return Call("enroll", keys, [TOKEN, *args, *listed, b":a", b"1"])
 
 
-def sign_in(one: New, source: New, tried: int = 0, token: bytes = TOKEN) -> Call:
+def sign_in(one: New, source: New, again: bool = False, token: bytes = TOKEN) -> Call:
     """Give the subject a session that is open."""
-    given = [NONE, b"%d" % tried, NONE, one.id, NONE, b"2", token, source.id]
+    given = [NONE, b"%d" % again, NONE, one.id, NONE, b"2", token, source.id]
     args = [OF_ZO, *given, b"5", b"1", b"1", b"0", b"0", SUB]
     return Call("enroll", [one.session, INDEX, one.tries, source.session], args)
 
@@ -371,7 +377,7 @@ def calls() -> list[Call]:
     return [
         Call("echo", [], []),
         start(first, idle=b"100"),
-        *(start(first, tried, idle=b"100") for tried in (2, 3)),
+        start(first, again=True, idle=b"100"),
         Call("touch", session, [TOKEN]),
         Call("info", session, [TOKEN]),
         Call("expire", session, [TOKEN, b"300"]),
@@ -391,30 +397,35 @@ def calls() -> list[Call]:
         Call("pdel", session, [NEWER, b":e", b"a nonce"]),
         Call("pset_if", session, [NEWER, b":f", b"6", NONE, NONE, b"100"]),
         Call("pdel", session, [NEWER, b":f", b"another"]),
-        Call("export", session, [NEWER, b"0"]),
+        Call("export", session, [NEWER, NONE]),
         Call("import", session, [NEWER, b"2", b":a", b"9", b":b", b"8"]),
-        Call("mark", session, []),
+        *(Call("mark", session, [sign]) for sign in (NONE, NEWER, TOKEN, b"gone")),
         sign_in(second, first, token=NEWER),
+        sign_in(second, first, again=True, token=NEWER),
         Call("expire", [second.session], [OF_ZO, b"300"]),
         Call("expire", [second.session, INDEX], [OF_ZO, b"300", second.id]),
-        *(enroll(third, tried=tried) for tried in (1, 2)),
-        Call("mark", [INDEX], []),
+        *(enroll(third, again=again) for again in (False, True)),
+        Call("mark", [INDEX], [NONE]),
         Call("index", [INDEX], []),
         Call("sessions", [INDEX, second.session, third.session], listed(second, third)),
-        Call("end_one", [second.session, INDEX], [second.id, SUB]),
+        *(
+            Call("end_one", [second.session, INDEX], [second.id, again, SUB])
+            for again in (b"0", b"1")
+        ),
         enroll(fourth, limit=(b"1", b"1")),
         enroll(fourth, third, limit=(b"1", b"1")),
-        Call("end_one", [fourth.session, INDEX], [fourth.id, SUB]),
+        Call("end_one", [fourth.session, INDEX], [fourth.id, b"1", SUB]),
         enroll(fifth),
         Call("end_all", [INDEX, fifth.session], [NONE, *listed(fifth)]),
         Call("end_all", [INDEX], [NONE, *listed()]),
         Call("index", [INDEX], []),
         Call("sessions", [INDEX], listed()),
-        Call("mark", session, []),
+        *(Call("mark", session, [sign]) for sign in (NONE, TOKEN, b"gone")),
         *(start(other) for other in others),
-        Call("export", [by_export.session], [TOKEN, b"1"]),
+        *(Call("export", [by_export.session], [TOKEN, NEWER]) for _ in range(2)),
+        Call("mark", [by_export.session], [b"gone"]),
         Call("expire", [by_expire.session], [TOKEN, b"0"]),
-        Call("end", [by_end.session], [TOKEN]),
+        *(Call("end", [by_end.session], [TOKEN, again]) for again in (b"0", b"1")),
     ]
 
 
@@ -437,7 +448,7 @@ def test_every_script_runs_on_a_server_that_has_seen_none(server: Server) -> Non
 
 
 def without_end(client: Redis) -> list[bytes]:
-    """No session is ever without an end, nor an index, nor the number of a try."""
+    """No session is ever without an end, nor an index, nor what is noted of a try."""
     return [key for key in client.scan_iter() if client.pttl(key) < 0]
 
 
@@ -548,6 +559,13 @@ def test_every_script_runs_in_a_slot_that_moves(cluster: Cluster) -> None:
                     call.run(source)
             else:
                 call.run(client)  # it names what is not there: such a slot sends it away
+        for opens in (start, enroll):  # mostly nothing is noted of a session that is there
+            one = new()
+            opens(one).run(client)
+            client.set(one.tries, "", px=1000)
+            with moving(cluster, slot) as source:
+                assert opens(one, again=True).run(source) == b""
+            ran.add(opens(one).name)
     assert ran == set(SOURCES) - {"echo"}
 
 
@@ -605,9 +623,9 @@ def test_what_is_evicted_under_a_script_stays_behind_with_an_end(server: Server)
 # --- what arrives late ---
 
 # How a session is opened: a start without a subject, with one, and a sign-in.
-OPENINGS: dict[str, Callable[[New, New, int], Call]] = {
-    "start": lambda one, _, tried: start(one, tried),
-    "enroll": lambda one, _, tried: enroll(one, tried=tried),
+OPENINGS: dict[str, Callable[[New, New, bool], Call]] = {
+    "start": lambda one, _, again: start(one, again),
+    "enroll": lambda one, _, again: enroll(one, again=again),
     "sign-in": sign_in,
 }
 
@@ -616,52 +634,284 @@ def refused(code: str) -> "pytest.RaisesExc[ResponseError]":
     return pytest.raises(ResponseError, match=f"^{code} {ECHO.decode()}$")
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+@pytest.mark.parametrize("ends_behind", range(-1, 4))
+@pytest.mark.parametrize("first", range(4))
 @pytest.mark.parametrize("opening", OPENINGS)
-def test_no_try_brings_a_session_back(server: Server, opening: str, order: tuple[int, ...]) -> None:
-    """Of all tries of a start one opens a session, and none does after its end, in any order."""
+def test_no_try_brings_a_session_back(
+    server: Server, opening: str, first: int, ends_behind: int
+) -> None:
+    """Of all tries of a start one at most opens a session, and none does after its end."""
     one, source = new(), new()
+    opened = noted = ended = False
     with server.client() as client:
         start(source).run(client)
-        for at, tried in enumerate(order):
-            call = OPENINGS[opening](one, source, tried)
-            if max(order[:at], default=0) > tried:
+        for at in range(4):
+            again = at != first  # wherever the first try arrives among its repetitions
+            call = OPENINGS[opening](one, source, again)
+            there = client.exists(one.session) == 1
+            if again and there:
+                before = client.dump(one.session)
+                assert call.run(client) == b""
+                assert client.dump(one.session) == before
+            elif again or noted or ended:
                 with refused("IDTAKEN"):
                     call.run(client)
             else:
                 assert call.run(client) == b""
-            if tried == 2:  # the one that is heard of: from here on the session may be ended
-                assert client.exists(one.session) == 1
-                assert client.get(one.tries) == b"2"
+                opened = True
+            assert client.exists(one.session) == (opened and not ended)
+            noted |= again and not there
+            assert client.get(one.tries) == (b"" if noted else None)
+            if noted:
                 assert 3_590_000 < client.pttl(one.tries) <= 3_600_000
-                Call("end", [one.session], [call.args[0]]).run(client)
-        assert client.exists(one.session) == 0
+            if at == ends_behind and opened:
+                Call("end", [one.session], [call.args[0], b"0"]).run(client)
+                ended = True
+        assert opened == (first == 0)
+        assert client.exists(one.session) == (opened and not ended)
+        # A sign-in that moved nothing left the session as it was.
+        assert client.exists(source.session) == (opening != "sign-in" or not opened)
 
 
 @pytest.mark.parametrize("opening", OPENINGS)
-def test_a_start_that_is_not_sent_again_leaves_no_number(server: Server, opening: str) -> None:
-    """The number of a try is kept from the second one on; the first costs no memory."""
+def test_a_start_that_is_not_sent_again_leaves_nothing_to_know_it_by(
+    server: Server, opening: str
+) -> None:
+    """Something is noted of a repetition that finds no session; all others cost no memory."""
     one, source = new(), new()
     with server.client() as client:
         start(source).run(client)
-        OPENINGS[opening](one, source, 0).run(client)
-        assert client.exists(one.session) == 1
-        assert client.exists(one.tries) == 0
+        for again in (False, True):
+            OPENINGS[opening](one, source, again).run(client)
+            assert client.exists(one.session) == 1
+            assert client.exists(one.tries) == 0
 
 
 def test_a_start_that_was_refused_is_not_made_up_for(server: Server) -> None:
-    """Once a later try was told that the subject has too many, an earlier one opens nothing."""
-    one, other = new(), new()
+    """Once the caller was told that the subject has too many, no earlier try opens a session."""
+    lost, one, other = new(), new(), new()
     with server.client() as client:
         enroll(other).run(client)
         full = (b"1", b"0")
+        for held_up in (enroll(lost, limit=full), enroll(lost, other, limit=full)):
+            with refused("IDTAKEN"):
+                held_up._replace(args=[*held_up.args[:2], b"1", *held_up.args[3:]]).run(client)
         assert enroll(one, limit=full).run(client) == other.entry
         with refused("TOOMANY"):
-            enroll(one, other, limit=full, tried=1).run(client)
-        Call("end", [other.session], [TOKEN]).run(client)
-        with refused("IDTAKEN"):
             enroll(one, other, limit=full).run(client)
+        assert client.exists(one.tries) == 0  # it was answered: no try of it is on its way
+        Call("end", [other.session], [TOKEN, b"0"]).run(client)
+        for held_up in (enroll(lost, limit=full), enroll(lost, other, limit=full)):
+            with refused("IDTAKEN"):
+                held_up.run(client)
+        assert client.exists(lost.session, one.session) == 0
+
+
+# --- an end that is sent again ---
+
+
+def test_an_end_that_is_sent_again_wants_the_session_gone(server: Server) -> None:
+    """One that is gone is success; one that is there under another token or subject is not."""
+    one, gone = new(), new()
+    with server.client() as client:
+        enroll(one).run(client)
+        held = client.dump(one.session), client.dump(INDEX)
+        for again in (b"0", b"1"):
+            with refused("NOSESSION"):
+                Call("end", [one.session], [NEWER, again]).run(client)
+            for subs in ([], [b"realm..." + b"other"], [b"another." + b"zo"]):
+                with refused("NOSESSION"):
+                    Call("end_one", [one.session, INDEX], [one.id, again, *subs]).run(client)
+        assert (client.dump(one.session), client.dump(INDEX)) == held
+        ends = [
+            Call("end", [gone.session], [TOKEN, b"0"]),
+            Call("end_one", [gone.session, INDEX], [gone.id, b"0", SUB]),
+        ]
+        for end in ends:
+            with refused("NOSESSION"):
+                end.run(client)
+            repeated = end._replace(args=[end.args[0], b"1", *end.args[2:]])
+            assert repeated.run(client) == b""
+            enroll(gone).run(client)
+            assert repeated.run(client) == b""  # the first may never have come
+            assert client.exists(gone.session) == 0
+
+
+def test_an_old_token_ends_a_session_when_it_is_sent_again(server: Server) -> None:
+    """A repeated end by a token in its grace ends the session, and by one past it does not."""
+    one = new()
+    with server.client() as client:
+        start(one).run(client)
+        for old, newer, grace in ((TOKEN, NEWER, b"0"), (NEWER, OF_ZO, b"100")):
+            Call("renew", [one.session], [old, newer, b"1", grace, b"realm...", old[:8]]).run(
+                client
+            )
+        with refused("NOSESSION"):
+            Call("end", [one.session], [TOKEN, b"1"]).run(client)
+        assert Call("end", [one.session], [NEWER, b"1"]).run(client) == b""
         assert client.exists(one.session) == 0
+
+
+# --- a session that was taken to another slot ---
+
+
+def items(text: bytes) -> list[bytes]:
+    """The items of a list."""
+    found = []
+    while text:
+        length, _, text = text.partition(b":")
+        found.append(text[: int(length)])
+        text = text[int(length) :]
+    return found
+
+
+TAKER, ANOTHER = b"4" * 16, b"5" * 16
+
+
+def take(one: New, taker: bytes = TAKER, token: bytes = TOKEN) -> Call:
+    return Call("export", [one.session], [token, taker])
+
+
+@pytest.mark.parametrize("idle", [NONE, b"30", b"100", b"3000"])
+@pytest.mark.parametrize("ttl", [b"20", b"300"])
+def test_a_session_that_was_taken_is_there_for_its_taker_a_minute_at_most(
+    server: Server, ttl: bytes, idle: bytes
+) -> None:
+    """Who took it gets the same once more, nobody else does, and no asking makes it last longer."""
+    one, longest = new(), min(int(ttl), 60) * 1000
+    with server.client() as client:
+        start(one, ttl=ttl, idle=idle).run(client)
+        Call("pset_if", [one.session], [TOKEN, b":b", b"2", NONE, NONE, b"100"]).run(client)
+        held = client.hgetall(one.session)
+        seen = items(take(one, NONE).run(client))
+        for token in (NEWER, TAKER, b""):
+            with refused("NOSESSION"):
+                take(one, token=token).run(client)
+        assert client.hgetall(one.session) == held  # it was left
+        taken = items(take(one).run(client))
+        left = client.pttl(one.session)
+        assert 0 < left <= longest
+        for _ in range(3):
+            with refused("NOSESSION"):
+                take(one, ANOTHER).run(client)
+            with refused("NOSESSION"):
+                take(one, NONE).run(client)
+            # What stands there, and when it was started; the time that is left need not.
+            again = items(take(one).run(client))
+            for each in (taken, again):
+                assert [each[0], each[2], *sorted(each[3:])] == [
+                    *(seen[0], seen[2], *sorted(seen[3:]))
+                ]
+            assert 0 < client.pttl(one.session) <= longest
+        fp = held.pop(b"fp")
+        assert client.hgetall(one.session) == {**held, b"taken": TAKER + fp}
+        assert client.exists(one.session) == 1
+
+
+def test_a_session_with_little_left_is_not_prolonged_by_being_taken(server: Server) -> None:
+    """What a session had left when it was taken is the most that it has afterwards."""
+    one = new()
+    with server.client() as client:
+        start(one).run(client)
+        client.pexpire(one.session, 5_000)
+        for _ in range(2):
+            take(one).run(client)
+            assert 0 < client.pttl(one.session) <= 5_000
+
+
+def test_an_old_token_takes_a_session_with_its_grace(server: Server) -> None:
+    """A token in its grace takes the session, and asks again; one past it takes nothing."""
+    one = new()
+    with server.client() as client:
+        start(one).run(client)
+        for old, newer, grace in ((TOKEN, NEWER, b"0"), (NEWER, OF_ZO, b"1")):
+            Call("renew", [one.session], [old, newer, b"1", grace, b"realm...", old[:8]]).run(
+                client
+            )
+        with refused("NOSESSION"):
+            take(one).run(client)
+        taken = take(one, token=NEWER).run(client)
+        time.sleep(1.1)
+        # It was taken while its grace lasted: whoever took it has it.
+        assert sorted(items(take(one, token=NEWER).run(client))[3:]) == sorted(items(taken)[3:])
+
+
+def test_no_script_opens_or_lists_a_session_that_was_taken(server: Server) -> None:
+    """For every other script there is no session where one was taken, under any of its tokens."""
+    one, other = new(), new()
+    session, met = [one.session], set()
+    opening: list[tuple[str, list[bytes]]] = [
+        ("touch", []),
+        ("info", []),
+        ("expire", [b"300"]),
+        ("expire", [b"0"]),
+        ("renew", [ANOTHER, b"2", b"10", b"realm...", b"another."]),
+        ("renew", [NEWER, b"1", b"10", b"realm...", b"a nonce."]),  # sent again
+        ("pset", [b":a", b"2"]),
+        ("pset_if", [b":a", b"2", NONE, NONE, NONE]),
+        ("pset_many", [b"1", b":a", b"2"]),
+        ("pincr", [b":a", b"1"]),
+        ("pget", [b":a"]),
+        ("pget_many", [b":a"]),
+        ("pall", []),
+        ("pdel", [b":a", b"a nonce"]),
+        ("ppop", [b":a"]),
+        ("export", [NONE]),
+        ("import", [b"1", b":a", b"2"]),
+        ("end", [b"0"]),
+    ]
+    with server.client() as client:
+        enroll(one).run(client)
+        renew = [TOKEN, NEWER, b"1", b"100", b"realm...", b"a nonce."]
+        Call("renew", session, renew).run(client)
+        take(one, token=NEWER).run(client)
+        held = client.dump(one.session), client.pttl(one.session)
+        for token in (TOKEN, NEWER, TAKER):
+            for name, args in opening:
+                met.add(name)
+                with refused("NOSESSION"):
+                    Call(name, session, [token, *args]).run(client)
+            with refused("NOSESSION"):
+                Call("expire", [*session, INDEX], [token, b"300", one.id]).run(client)
+            with refused("NOSESSION"):
+                sign_in(other, one, token=token).run(client)
+            # It is gone, if that is what was asked for.
+            assert Call("end", session, [token, b"1"]).run(client) == b""
+        with refused("NOSESSION"):
+            Call("end_one", [*session, INDEX], [one.id, b"0", SUB]).run(client)
+        assert Call("end_one", [*session, INDEX], [one.id, b"1", SUB]).run(client) == b""
+        assert Call("mark", session, [b"gone"]).run(client) == b"1"
+        assert Call("mark", session, [NEWER]).run(client) == b"0"
+        for opens in (start, enroll):
+            for again in (False, True):
+                with refused("IDTAKEN"):
+                    opens(one, again=again).run(client)
+        # It takes no room of the limit.
+        assert enroll(other, one, limit=(b"1", b"0")).run(client) == b""
+        client.zadd(INDEX, {one.entry: 4e12})
+        both = [INDEX, *session, other.session]
+        moved, *told = items(Call("sessions", both, listed(one, other)).run(client))
+        assert (moved, told[::2]) == (NONE, [other.entry])
+        assert client.zscore(INDEX, one.entry) is None
+        client.zadd(INDEX, {one.entry: 4e12})
+        assert Call("end_all", both, [other.id, *listed(one, other)]).run(client) == b"0:"
+        assert client.zscore(INDEX, one.entry) is None
+        assert client.dump(one.session) == held[0]
+        assert client.pttl(one.session) <= held[1]
+    met |= {"start", "enroll", "end_one", "mark", "sessions", "end_all"}
+    assert met == set(SOURCES) - {"echo", "index"}  # that one looks at no session
+
+
+def test_a_session_is_taken_by_one_of_two(server: Server) -> None:
+    """Of two who would take a session the first gets it, and the second none, however often."""
+    one = new()
+    with server.client() as client:
+        start(one).run(client)
+        take(one).run(client)
+        for _ in range(2):
+            with refused("NOSESSION"):
+                take(one, ANOTHER).run(client)
+            take(one).run(client)
 
 
 def test_a_deletion_that_comes_late_deletes_nothing(server: Server) -> None:
@@ -718,15 +968,19 @@ def test_a_mark_changes_nothing_and_is_replicated(replicated: Redis) -> None:
     client, one = replicated, new()
     start(one, idle=b"100").run(client)
     enroll(new()).run(client)
-    Call("mark", [one.session], []).run(client)  # Redis 4 replicates the text of each script once
-    for key in (one.session, INDEX, one.tries):
+    Call("mark", [one.session], [NONE]).run(
+        client
+    )  # Redis 4 replicates the text of each script once
+    signs = (NONE, TOKEN, NEWER, b"gone")  # of these none is less of a write
+    marked = ((INDEX, NONE), *((key, sign) for key in (one.session, one.tries) for sign in signs))
+    for key, sign in marked:
         # The machine may stand still between two commands of a script: not five times.
         lost = []
         for _ in range(5):
             end = round(time.time() * 1000) + 50_000
             client.pexpireat(key, end)
             before = client.dump(key), client.info("replication")["master_repl_offset"]
-            Call("mark", [key], []).run(client)
+            Call("mark", [key], [sign]).run(client)
             assert client.dump(key) == before[0]
             assert client.info("replication")["master_repl_offset"] > before[1]
             lost.append(end - end_of(client, key))
@@ -750,5 +1004,33 @@ def test_a_mark_works_without_memory(own_server: Server) -> None:
         enroll(one).run(client)
         client.config_set("maxmemory", 1)
         for key in (one.session, INDEX, one.tries):
-            Call("mark", [key], []).run(client)
+            assert Call("mark", [key], [NONE]).run(client) == b"1"
+        for sign, has in ((TOKEN, b"1"), (NEWER, b"0"), (b"gone", b"0")):
+            assert Call("mark", [one.session], [sign]).run(client) == has
+        assert Call("mark", [one.tries], [b"gone"]).run(client) == b"1"
         assert client.exists(one.tries) == 0
+
+
+def test_a_mark_tells_whether_the_server_has_what_was_written(server: Server) -> None:
+    """It knows it by the session's fingerprint, by that there is no session, or not at all."""
+    one, none, taken, renewed = (new() for _ in range(4))
+    signs = (NONE, TOKEN, NEWER, b"gone")
+    expected = {
+        one: b"1100",
+        none: b"1001",
+        taken: b"1001",
+        renewed: b"1010",  # the old token's grace does not matter
+    }
+    with server.client() as client:
+        start(one, idle=b"100").run(client)
+        enroll(taken).run(client)
+        take(taken).run(client)
+        start(renewed).run(client)
+        renew = [TOKEN, NEWER, b"1", b"100", b"realm...", b"a nonce."]
+        Call("renew", [renewed.session], renew).run(client)
+        held = {key: client.dump(key) for key in client.scan_iter()}
+        for which, told in expected.items():
+            marks = [Call("mark", [which.session], [sign]).run(client) for sign in signs]
+            assert b"".join(marks) == told
+        assert Call("mark", [INDEX], [NONE]).run(client) == b"1"
+        assert {key: client.dump(key) for key in client.scan_iter()} == held

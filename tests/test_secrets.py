@@ -8,10 +8,12 @@ import weakref
 
 import pytest
 from redis import Redis
+from redis.exceptions import ResponseError
 
 from sessiongate import SessionGate, SessionGateError
+from sessiongate.tokens import SignKeyRing
 
-from .conftest import Backend, Flavour
+from .conftest import CLUSTERED, SIGN_KEY, Backend, Flavour, running
 from .servers import Server
 
 KEY = "sign-key-that-must-not-leak-anywhere"
@@ -150,7 +152,7 @@ def test_reprs_hold_no_secret(backend: Backend) -> None:
     for thing in (
         *(gate, commands, commands._ring, commands._keyspace, commands._subjects),
         *(command, command.script, commands.renew(token, 10, None), commands.sessions("alice")),
-        *(commands.start(300, {"user": DATA}, "alice", 100), commands.renew(token, 10, "alice")),
+        *(commands.start(300, {"user": DATA}, "alice", 100), commands.renew(token, None, "alice")),
         *(commands.pset_many(token, {"user": DATA}), commands.end_all("alice", token)),
     ):
         assert_no_secret(repr(thing), token)
@@ -223,3 +225,18 @@ def test_a_url_with_a_password_is_not_shown() -> None:
     gate = SessionGate.from_url("redis://:hunter2@127.0.0.1:1/0", sign_key=KEY)
     assert "hunter2" not in repr(gate)
     assert isinstance(gate._client, Redis)
+
+
+def test_a_server_that_quotes_a_command(flavour: Flavour) -> None:
+    """What a server says of a command that it does not have holds nothing of its arguments."""
+    flavour.logs_in = False
+    options = ("--rename-command", "EVALSHA", "", "--rename-command", "EVAL", "")
+    with Server(running(CLUSTERED).binary, options) as server:
+        gate = flavour.gate(flavour.client(server.port))
+        ring = SignKeyRing(SIGN_KEY)
+        token, fingerprint = ring.sign("A" * 16)
+        with pytest.raises(ResponseError, match="unknown command") as caught:
+            gate.pset(token, "user", DATA)
+        shown = "".join(traceback.format_exception(caught.value))
+        for secret in (DATA, repr(fingerprint)[2:-1], "A" * 16):
+            assert secret not in shown

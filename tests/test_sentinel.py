@@ -1,11 +1,13 @@
 """Redis Sentinel: every gate follows the primary. And `min_replicas`: how many have a write."""
 
 import asyncio
+import builtins
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
@@ -22,7 +24,10 @@ from . import privileges
 from .conftest import _BINARIES, CLUSTERED, FLAVOURS, AnyClient, Blocking, Flavour
 from .proxy import Proxy
 from .sentinels import NAME, Sentinels, frozen
-from .servers import Server
+from .servers import Server, free_port
+
+if TYPE_CHECKING:
+    from sessiongate.lines import Lines
 
 BACK = 15.0  # seconds after which every gate has found the new primary
 NOTICED = 2.0  # after which it has noticed that a living primary is none any more
@@ -304,6 +309,9 @@ WRITES: dict[str, Write] = {
     "sign in": lambda gate, token, count: gate.renew(token, subject="eve", min_replicas=count),
     "expire": lambda gate, token, count: gate.expire(token, 200, min_replicas=count),
     "end": lambda gate, token, count: gate.end(token, min_replicas=count),
+    "end_one": lambda gate, token, count: gate.end_one(
+        "alice", gate.verify(token), min_replicas=count
+    ),
     # The last: it ends the others.
     "end_all": lambda gate, token, count: gate.end_all("alice", keep=token, min_replicas=count),
 }
@@ -388,7 +396,7 @@ def test_frozen_replicas(flavour: Flavour, sentinels: Sentinels, live: int) -> N
                 assert gate.info(token).seconds_left <= 200
             elif name == "end_all":
                 assert result == of_alice - 1
-            elif name == "end":
+            elif name in ("end", "end_one"):
                 assert result is None
                 with pytest.raises(SessionNotFoundError):
                     gate.touch(token)
@@ -491,6 +499,78 @@ def test_a_wait_holds_up_nobody_else(sentinels: Sentinels) -> None:
             flavour.runner.run(race())
     finally:
         flavour.close()
+
+
+def test_a_wait_that_is_cancelled_holds_up_nobody(sentinels: Sentinels) -> None:
+    """When a task is cancelled that waits for a replica, the next one waits for its own alone."""
+    flavour = Flavour("async")
+    flavour.logs_in = privileges.has_users(sentinels.binary)
+    options: dict[str, object] = {"timeout": 1.0, "min_replicas": 1}
+    gate = cast("Blocking", gate_to(flavour, sentinels, "url", **options)).awaited
+
+    async def race() -> None:
+        token = await gate.start(300)
+        with frozen(*sentinels.replicas()):
+            with pytest.raises(builtins.TimeoutError):
+                await asyncio.wait_for(gate.pset(token, "user", "x"), 0.3)
+            with pytest.raises(UnderReplicatedError):
+                await gate.pset(token, "user", "y")
+        begun = time.monotonic()
+        assert await gate.pget(token, "user") == b"y"
+        await gate.pset(token, "user", "z")
+        assert time.monotonic() - begun < SHORT
+
+    try:
+        flavour.runner.run(race())
+    finally:
+        flavour.close()
+
+
+def test_sentinels_that_are_down(flavour: Flavour) -> None:
+    """The error names the sentinels that were asked, and shows nothing else of their clients."""
+    port = free_port()
+    url = f"redis+sentinel://127.0.0.1:{port}/mymaster?sentinel_password=secret"
+    gate = flavour.gate_from_url(url, timeout=SHORT)
+    with pytest.raises(ConnectionError, match=f"mymaster.*127.0.0.1:{port}") as caught:
+        gate.sessions("alice")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "secret" not in shown
+    assert "Connection(" not in shown
+
+
+class Interrupt(BaseException):
+    """What a signal's handler raises."""
+
+
+class Interrupted:
+    """A lock, and a signal that comes in the very moment in which it was acquired."""
+
+    def __init__(self, lock: Any) -> None:
+        self._lock = lock
+        self.release = lock.release
+
+    def acquire(self, **options: Any) -> bool:
+        self._lock.acquire(**options)
+        raise Interrupt
+
+
+def test_a_signal_leaves_no_lock_behind(sentinels: Sentinels) -> None:
+    """Whoever is interrupted while it asks for the primary, others ask all the same."""
+    flavour = Flavour("sync")
+    flavour.logs_in = privileges.has_users(sentinels.binary)
+    gate = gate_to(flavour, sentinels, "url")
+    token = gate.start(300)
+    lines = cast("Lines", gate._channel)
+    primary = lines._primary
+    assert primary is not None
+    lock = primary._lock
+    primary._lock = cast("Any", Interrupted(lock))
+    primary._looked = 0.0  # what is known is old
+    with pytest.raises(Interrupt):
+        gate.touch(token)
+    with ThreadPoolExecutor(1) as pool:  # another thread: this one could acquire it twice
+        assert pool.submit(lock.acquire, timeout=0).result()
+    flavour.close()
 
 
 def test_a_demoted_primary_acknowledges_nothing(flavour: Flavour, failing: Sentinels) -> None:

@@ -96,13 +96,13 @@ def check_keys(client: Redis, tally: Tally, pattern: str = "*") -> None:
         kinds = dict(zip(keys, found[1::2], strict=True))
         sessions = [key for key in keys if kinds[key] == b"hash"]
         for key in sessions:
-            pipeline.hexists(key, "fp")
-        whole = dict(zip(sessions, pipeline.execute(), strict=True))
+            pipeline.hmget(key, "fp", "ended", "taken")
+        whole = dict(zip(sessions, map(any, pipeline.execute()), strict=True))
         tally.add("keys scanned for a ttl", len(keys))
         tally.wrong += [f"{key!r} has no ttl" for key, ttl in ttls.items() if ttl == -1]
         # One that is gone by now is no half session.
         tally.wrong += [
-            f"{key!r} is a session without its fingerprint"
+            f"{key!r} is a session without its fingerprint, and did not end"
             for key, has in whole.items()
             if not has and client.exists(key)
         ]
