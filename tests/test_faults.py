@@ -141,6 +141,10 @@ def test_a_reset_request(echo: Echo, proxy: FaultProxy, offset: int) -> None:
         client.send(b"abcd")
         assert client.is_reset()
     assert proxy.struck
+    deadline = time.monotonic() + 5
+    while not echo.resets:  # it has a thread for each client: the next one may be faster
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     with Client(proxy) as client:
         client.send(b"next")
         assert client.gets(b"next")
