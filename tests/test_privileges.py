@@ -15,7 +15,13 @@ import pytest
 from redis import Redis, RedisCluster
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.cluster import LoadBalancingStrategy
-from redis.exceptions import NoPermissionError, RedisClusterException, RedisError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
 from redis.sentinel import Sentinel
 
 from sessiongate import (
@@ -28,7 +34,16 @@ from sessiongate import (
 from sessiongate.keyspace import slot_of
 
 from . import privileges
-from .conftest import _BINARIES, CLUSTERED, FLAVOURS, SIGN_KEY, Blocking, Flavour, running_cluster
+from .conftest import (
+    _BINARIES,
+    CLUSTERED,
+    FLAVOURS,
+    SIGN_KEY,
+    Blocking,
+    Flavour,
+    running,
+    running_cluster,
+)
 from .sentinels import NAME, Sentinels
 from .servers import NO_RETRY, Cluster, Server
 from .test_cluster import Migration, eventually
@@ -677,3 +692,33 @@ def test_what_the_logs_of_redis_hold(server: Server) -> None:
     assert data[:100].encode() in log
     assert data[:129].encode() not in log
     assert token[-64:].encode() not in log
+
+
+def test_the_user_default_can_be_closed() -> None:
+    """Where nobody is let in without a login, replicas follow all the same, and gates go on."""
+    binary = running(CLUSTERED).binary
+    page_users = privileges.users("The user default")
+    url = f"redis://{privileges.USER}:{privileges.PASSWORD}@127.0.0.1"
+    with (
+        Server(binary, ("--repl-diskless-sync-delay", "0")) as primary,
+        Server(binary, ("--slaveof", "127.0.0.1", str(primary.port))) as replica,
+        SessionGate.from_url(f"{url}:{primary.port}", sign_key=SIGN_KEY) as gate,
+    ):
+        token = gate.start(300)
+        for server in (primary, replica):
+            with server.client() as client:
+                for user in ("admin", "replica"):
+                    client.execute_command("ACL", "SETUSER", user, *page_users[user])
+                client.config_set("masteruser", "replica")
+                client.config_set("masterauth", privileges.PASSWORD)
+                client.execute_command("ACL", "SETUSER", "default", *page_users["default"])
+            with Redis(port=server.port, username="admin", password=privileges.PASSWORD) as admin:
+                admin.execute_command("CLIENT", "KILL", "USER", "default")
+            with pytest.raises(AuthenticationError), server.client() as client:
+                client.ping()
+        with Redis(port=replica.port, username="admin", password=privileges.PASSWORD) as admin:
+            deadline = time.monotonic() + 20
+            while admin.info("replication")["master_link_status"] != "up":
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        gate.end(token, min_replicas=1)
