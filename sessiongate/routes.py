@@ -308,7 +308,7 @@ def _renew_locks(client: RedisCluster) -> None:
     for owner in (client, client.nodes_manager):
         for name in ("_lock", "_initialization_lock"):  # private, and not in all of its versions
             if lock := getattr(owner, name, None):
-                setattr(owner, name, renewed.setdefault(id(lock), type(lock)()))
+                setattr(owner, name, renewed.setdefault(id(lock), RLock()))
 
 
 def _known(client: RedisCluster, command: AnyCommand) -> ClusterNode | None:

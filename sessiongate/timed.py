@@ -13,6 +13,8 @@ from threading import Event, Lock, Thread
 from time import monotonic
 from typing import Any, TypeVar
 
+import redis.cluster
+from redis import RedisCluster
 from redis import exceptions as redis_errors
 from redis.backoff import NoBackoff
 from redis.connection import Connection, ConnectionPool
@@ -228,14 +230,31 @@ def _timed(connection_class: type[Connection]) -> type[Connection]:
     return Timed
 
 
+def _connecting(also: Callable[[Any], object] | None) -> Callable[[Any], None] | None:
+    """What a connection does when it is there, and what an application wants it to do as well."""
+    if also is None:
+        return None
+
+    def connect(connection: Any) -> None:
+        connection.on_connect()
+        also(connection)
+
+    return connect
+
+
 def connection_of(pool: ConnectionPool, timeout: float) -> Any:
     """A connection as the pool makes its own, but one that keeps deadlines and repeats nothing.
 
     It is none of the pool's. `timeout` limits each of its steps, as the client's own timeouts do.
     """
     options = {**pool.connection_kwargs, "retry": Retry(NoBackoff(), 0)}
-    # A cluster client would have it read from replicas.
-    options.pop("redis_connect_func", None)
+    cluster_client = getattr(options.get("redis_connect_func"), "__self__", None)
+    if isinstance(cluster_client, RedisCluster):
+        # Its own function would have the connection read from replicas.
+        options["redis_connect_func"] = _connecting(cluster_client.user_on_connect_func)
+        # Before redis-py 6 it also chose the parser: no other one knows a redirection.
+        if parser := getattr(redis.cluster, "ClusterParser", None):
+            options["parser_class"] = parser
     connection = _timed(pool.connection_class)(**options)
     if timeout < FOREVER:
         for name in ("socket_timeout", "socket_connect_timeout"):

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import redis
 from fakeredis import FakeRedis
-from redis import BlockingConnectionPool, ConnectionPool, Redis
+from redis import BlockingConnectionPool, Connection, ConnectionPool, Redis, RedisCluster
 from redis._parsers import _RESP2Parser
 from redis.cache import CacheConfig
 
 from sessiongate import PayloadNotFoundError, SessionGate, SessionNotFoundError
 
-from .conftest import SIGN_KEY, Backend, Flavour
+from .conftest import CLUSTERED, SIGN_KEY, Backend, Flavour, running, running_cluster
 from .servers import NO_RETRY, Server, free_port
 
 BINARY = bytes(range(256))
@@ -94,6 +94,32 @@ def test_a_client_with_client_side_caching(server: Server) -> None:
     except (redis.ConnectionError, redis.ResponseError):
         pytest.skip("redis-py caches with Redis 7.4 and later only")
     tour(SessionGate(client, sign_key=SIGN_KEY))
+
+
+@pytest.mark.parametrize("kind", ["server", "cluster"])
+def test_a_function_of_the_application_on_connect(kind: str) -> None:
+    """What a client does with each new connection is done with those of a gate as well."""
+    seen: list[object] = []
+
+    def on_connect(connection: Connection) -> None:
+        if kind == "server":
+            connection.on_connect()
+        seen.append(connection)
+
+    options = {"protocol": 2, "redis_connect_func": on_connect, "host": "127.0.0.1"}
+    client = (
+        Redis(port=running(CLUSTERED).port, **options)  # type: ignore[arg-type]  # options are redis-py's own
+        if kind == "server"
+        else RedisCluster(port=running_cluster().port, **options)  # type: ignore[arg-type]  # likewise
+    )
+    gate = SessionGate(client, sign_key=SIGN_KEY)
+    seen.clear()
+    token = gate.start(300)
+    assert len(seen) == 1
+    gate.touch(token)
+    assert len(seen) == 1
+    gate.close()
+    client.close()
 
 
 def test_urls(flavour: Flavour, server: Server) -> None:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 from urllib.parse import quote
@@ -406,7 +406,11 @@ def test_a_fork_while_the_topology_is_read(cluster: Cluster) -> None:
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with client.nodes_manager._initialization_lock, client._lock, mine._lock, mine._making:
+        # Private, and not in all versions of redis-py.
+        theirs: Any = getattr(client.nodes_manager, "_initialization_lock", None)
+        with ExitStack() as stack:
+            for lock in filter(None, [theirs, client._lock, mine._lock, mine._making]):
+                stack.enter_context(lock)
             held.set()
             done.wait(30)
 
