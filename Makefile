@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment of the project's own: PYTHON makes it, nothing else is needed.
 PYTHON ?= python3
-# Tests wait for servers now and then: four processes keep two cores busy.
-WORKERS ?= 4
+# Tests wait for servers now and then: five processes keep two cores busy.
+WORKERS ?= 5
 VENV := .venv
 BIN := $(VENV)/bin
 

@@ -89,7 +89,7 @@ class Bench:
 
     def times(self, full: int) -> int:
         """How often to do what a full run does `full` times."""
-        return max(1, full // 16) if self.quick else full
+        return max(1, full // 64) if self.quick else full
 
     def client(self, **settings: object) -> Redis:
         """A client, made the same way for a gate and for bare redis-py."""
