@@ -27,7 +27,7 @@ from sessiongate import (
     SessionGate,
     SessionNotFoundError,
 )
-from sessiongate.lane import Batch, Lane
+from sessiongate.lane import Batch, Lane, Room
 
 from .conftest import CLUSTERED, SIGN_KEY, running
 from .proxy import Proxy
@@ -836,3 +836,37 @@ async def test_an_error_in_the_lane_is_told(
         assert outcomes[0] == b"x"  # it was asked by itself, without a batch
         assert [type(outcome) for outcome in outcomes[1:]] == [ZeroDivisionError] * 3
         assert await gate.pget(token, "user") == b"x"
+
+
+async def test_turns_are_taken_in_order() -> None:
+    """Whoever waits for a place gets it in the order of coming, and cancelled callers take none."""
+    room = Room(1)
+    loop = asyncio.get_running_loop()
+    came: list[int] = []
+
+    async def visit(number: int) -> None:
+        if room.places:
+            room.places -= 1
+        else:
+            await room.turn(loop.create_future())
+        try:
+            came.append(number)
+            await asyncio.sleep(0)
+        finally:
+            room.leave()
+
+    dice = random.Random(7)  # noqa: S311  # no secret
+    for _ in range(200):
+        came.clear()
+        tasks = [asyncio.create_task(visit(number)) for number in range(12)]
+        cancelled = set()
+        for number in dice.sample(range(12), 4):
+            for _ in range(dice.randrange(4)):
+                await asyncio.sleep(0)
+            if tasks[number].cancel():
+                cancelled.add(number)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert came == sorted(came)
+        assert set(range(12)) - cancelled <= set(came)
+        assert room.places == 1
+        assert not room._queue
