@@ -865,7 +865,8 @@ async def test_turns_are_taken_in_order() -> None:
                 await asyncio.sleep(0)
             if tasks[number].cancel():
                 cancelled.add(number)
-        await asyncio.gather(*tasks, return_exceptions=True)
+        async with asyncio.timeout(10):
+            await asyncio.gather(*tasks, return_exceptions=True)
         assert came == sorted(came)
         assert set(range(12)) - cancelled <= set(came)
         assert room.places == 1
