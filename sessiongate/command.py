@@ -130,6 +130,21 @@ def again(command: Command[R]) -> Command[R]:
     return command
 
 
+def told_again(at: int) -> "Callable[[Command[R]], Command[R]]":
+    """For a script that has to know: the same once more, with `1` for the `0` at that argument."""
+
+    def repeat(command: Command[R]) -> Command[R]:
+        args = (*command.args[:at], b"1", *command.args[at + 1 :])
+        return command._replace(args=args, anywhere=False)
+
+    return repeat
+
+
+def is_empty(reply: bytes) -> bool:
+    """Of a script that else returns what it has to be told first, and has done nothing."""
+    return not reply
+
+
 def nothing(_: bytes) -> None:
     """Of an answer without a result."""
     return

@@ -25,7 +25,7 @@ from .arguments import (
     payloads_arg,
     ttl_arg,
 )
-from .command import Command, again, nothing
+from .command import Command, again, is_empty, nothing, told_again
 from .errors import ArgumentError, IdTakenError
 from .keyspace import Keyspace
 from .subjects import MAX_DRAWS, Opening, Overflow, Source, Subjects
@@ -77,10 +77,6 @@ class Commands:
         session_id = self._keyspace.new_id()
         token, fingerprint = self._ring.sign(session_id)
         ttl, idle_timeout, fields, _ = opening
-        rest = (idle_timeout, counted(fields), *fields)
-
-        def repeat(command: Command[str]) -> Command[str]:
-            return command._replace(args=(fingerprint, ttl, b"1", *rest), anywhere=False)
 
         def recover(command: Command[str], error: Exception) -> Command[str] | None:
             # A slot that moves takes no new session, since that has two Redis keys.
@@ -92,10 +88,10 @@ class Commands:
         return Command(
             scripts.START,
             (self._keyspace.session_key(session_id), self._keyspace.tries_key(session_id)),
-            (fingerprint, ttl, b"0", *rest),
+            (fingerprint, ttl, b"0", idle_timeout, counted(fields), *fields),
             lambda _: token,
             session_id,
-            repeat=repeat,
+            repeat=told_again(2),
             recover=recover,
             replicas=replicas,
             anywhere=True,
@@ -120,11 +116,8 @@ class Commands:
         args = (fingerprint, ttl_arg(ttl))
         replicas = min_replicas_arg(min_replicas, self._replicas)
 
-        def is_done(subject: bytes) -> bool:
-            return not subject
-
         def expired(subject: bytes) -> Command[None] | None:
-            if is_done(subject):
+            if is_empty(subject):
                 return None
             # A token does not tell whose it is, and the index has to know when its sessions end.
             both = (*keys, self._subjects.index_key(subject))
@@ -138,7 +131,7 @@ class Commands:
             )
 
         return Command(
-            scripts.EXPIRE, keys, args, expired, session_id, replicas=replicas, waits=is_done
+            scripts.EXPIRE, keys, args, expired, session_id, replicas=replicas, waits=is_empty
         )
 
     def renew(
@@ -179,13 +172,9 @@ class Commands:
     def end(self, token: str | bytes, min_replicas: int | None = None) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
         replicas = min_replicas_arg(min_replicas, self._replicas)
-
-        def repeat(command: Command[None]) -> Command[None]:
-            return command._replace(args=(fingerprint, b"1"))
-
         args = (fingerprint, b"0")
         return Command(
-            scripts.END, keys, args, nothing, session_id, repeat=repeat, replicas=replicas
+            scripts.END, keys, args, nothing, session_id, repeat=told_again(1), replicas=replicas
         )
 
     def sessions(self, subject: str) -> Command[list[SessionInfo]]:

@@ -317,28 +317,31 @@ def _fault(url: str, make: Callable[[str], AnyClient]) -> str:
     parts = _split(url)
     if parts is None:
         return _NO_HOST
-    path = unquote(parts.path).strip("/")
-    no_port = _port(parts) == 0
-    # What stands behind the first colon, but for those of an IPv6 address.
-    digits = parts.netloc.rpartition("@")[2].rpartition("]")[2].partition(":")[2]
     return (
-        _first(
-            {
-                _NO_PORT: no_port and not (digits.isascii() and digits.isdigit()),
-                "the port is none of 1 to 65535": no_port,
-                "a `#` may not stand in a URL: write %23 if the password has one": (
-                    bool(parts.fragment)
-                ),
-                "the database, behind the last `/`, is a number": (
-                    parts.scheme != "unix" and bool(path) and not path.isdecimal()
-                ),
-            }
-        )
+        _fault_of_address(parts)
         or _fault_of_options(parts, make)
         or _first({_NO_HOST: not _is_host(parts.hostname or "")})
         or "it names no host, port, database or path that can be used, or options that do not go "
         "together: give redis://user:password@host:6379/0?option=value, and write special "
         "characters of a password as %2F and the like"
+    )
+
+
+def _fault_of_address(parts: SplitResult) -> str:
+    path = unquote(parts.path).strip("/")
+    no_port = _port(parts) == 0  # which redis-py takes for 6379
+    # What stands behind the first colon, but for those of an IPv6 address.
+    digits = parts.netloc.rpartition("@")[2].rpartition("]")[2].partition(":")[2]
+    return _first(
+        {
+            _NO_PORT: no_port and not (digits.isascii() and digits.isdigit()),
+            "the port is none of 1 to 65535": no_port,
+            "a `#` may not stand in a URL: write %23 if the password has one": bool(parts.fragment),
+            # redis-py takes what is no database for database 0.
+            "the database, behind the last `/`, is a number": (
+                parts.scheme != "unix" and bool(path) and not path.isdecimal()
+            ),
+        }
     )
 
 
@@ -401,12 +404,7 @@ def _is_host(name: str) -> bool:
 def _made(url: str, make: Callable[[str], AnyClient]) -> AnyClient | None:
     """The client, unless something of its URL would fail when it connects, or be passed over."""
     try:
-        parts = urlsplit(url)
-        # redis-py takes what is no database for database 0, and port 0 for 6379.
-        path = unquote(parts.path).strip("/")
-        if parts.fragment or (path and parts.scheme != "unix" and not path.isdecimal()):
-            return None
-        if parts.port == 0:
+        if _fault_of_address(urlsplit(url)):
             return None
         client = make(url)
         pool = client.connection_pool

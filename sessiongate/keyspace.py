@@ -36,8 +36,8 @@ def system_random(size: int) -> bytes:
 class Keyspace:
     """Draws session ids and names what is kept for them.
 
-    A session's hash is `<prefix>:{<id>}`, how often its start was tried `<prefix>:tries:{<id>}`, a
-    subject's index `<prefix>:subject:{<subject>}`. The ids of a subject's sessions are drawn so
+    A session's hash is `<prefix>:{<id>}`; `<prefix>:tries:{<id>}` says that its id was given up; a
+    subject's index is `<prefix>:subject:{<subject>}`. The ids of a subject's sessions are drawn so
     that they share the slot of its index: one script may then use them all, on a cluster too.
     """
 

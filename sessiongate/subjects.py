@@ -13,7 +13,7 @@ from redis.exceptions import ClusterCrossSlotError
 from . import answers, scripts
 from .answers import SessionInfo
 from .arguments import counted, subject_arg
-from .command import GONE, Command, R, Trace, again, nothing, waited_for
+from .command import GONE, Command, R, Trace, again, is_empty, nothing, told_again, waited_for
 from .errors import (
     ArgumentError,
     ConfigurationError,
@@ -245,19 +245,14 @@ class Subjects:
         key = self._keyspace.session_key(session_id)
         if slot_of(key) != slot_of(index):
             raise SessionNotFoundError(session_id, of_subject=True)
-        subs = self._subs(raw)
-
-        def repeat(command: Command[None]) -> Command[None]:
-            return command._replace(args=(session_id.encode(), b"1", *subs))
-
-        args = (session_id.encode(), b"0", *subs)
+        args = (session_id.encode(), b"0", *self._subs(raw))
         return Command(
             scripts.END_ONE,
             (key, index),
             args,
             nothing,
             session_id,
-            repeat=repeat,
+            repeat=told_again(1),
             replicas=replicas,
         )
 
@@ -286,7 +281,6 @@ class Subjects:
         joining: _Joining,
         *,
         entries: Sequence[bytes] = (),
-        again: bool = False,
         looks: int = _MAX_LOOKS,
     ) -> Command[str]:
         _, index_key, opening, source, _, limit, replicas, before, follow = joining
@@ -301,7 +295,7 @@ class Subjects:
         args = (
             drawn.fingerprint,
             opening.ttl,
-            b"%d" % again,
+            b"0",
             opening.idle_timeout,
             drawn.session_id.encode(),
             opening.started,
@@ -319,7 +313,7 @@ class Subjects:
         )
 
         def joined(answer: bytes) -> str | Command[str]:
-            if not answer:
+            if is_empty(answer):
                 if follow:
                     return follow(opening, drawn)
                 return waited_for(before, replicas, drawn.token)
@@ -331,9 +325,6 @@ class Subjects:
                 entries=answers.entries(answer),
                 looks=looks - 1,
             )
-
-        def repeat(_: Command[str]) -> Command[str]:
-            return self._join_as(drawn, joining, entries=entries, again=True, looks=looks)
 
         def recover(_: Command[str], error: Exception) -> Command[str] | None:
             if isinstance(error, IdTakenError) and drawn.left:
@@ -350,10 +341,10 @@ class Subjects:
             args,
             joined,
             session_id,
-            repeat=repeat,
+            repeat=told_again(2),
             recover=recover,
             replicas=0 if follow else replicas,
-            waits=_is_done,
+            waits=is_empty,
         )
 
     # Between two slots of a cluster: copy the session, take away the old one, and make up for what
@@ -420,11 +411,6 @@ class Subjects:
         keys = (self._keyspace.session_key(source.session_id),)
         args = (source.fingerprint, taker)
         return Command(scripts.EXPORT, keys, args, read, source.session_id, repeat=again)
-
-
-def _is_done(answer: bytes) -> bool:
-    """Of a script that otherwise returns what it has to be told, and did nothing."""
-    return not answer
 
 
 def _opening(answer: bytes) -> Opening:

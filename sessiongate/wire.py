@@ -22,7 +22,7 @@ _JOIN_BYTES = 64 * 1024
 # What a server before Redis 7 makes of an error that a command raises inside a script.
 _BURIED = re.compile(r"@user_script: ?\d+: -([A-Z]+) (.*)", re.DOTALL)
 # What servers say of a command that they do not have, as if it were renamed, quotes its arguments.
-_UNQUOTED = re.compile(r",? with args beginning with.*", re.DOTALL)
+_QUOTED = re.compile(r",? with args beginning with.*", re.DOTALL)
 # Servers look at the timeouts of WAIT ten times a second, if they have the time: measured on Redis
 # 4.0.14 to Valkey 9.1.2, it was up to 0.1 s late, on a busy machine twice that.
 _WAIT_LATENESS = 0.15
@@ -95,7 +95,7 @@ def unpack(reply: object, echo: bytes) -> tuple[Answer, bool]:
     if isinstance(reply, bytes) and reply[-ECHO_BYTES:] == echo:
         return reply[:-ECHO_BYTES], True
     if isinstance(reply, ResponseError):
-        text = _UNQUOTED.sub("", str(reply))
+        text = _QUOTED.sub("", str(reply))
         said = text.removesuffix(" " + echo.decode())
         proven = said != text
         if proven and said in CODES:
