@@ -53,5 +53,5 @@ $(VENV)/demo: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[memory,fast,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[memory,fast,msgpack,dev]'
 	@touch $@ $(VENV)/demo

@@ -39,16 +39,21 @@ end
 -- (alike in every script) A list is one string: of each item its length, a colon and the item.
 local function item(value) return #value .. ':' .. value end
 
--- (alike in every script) What is to be told of a session, as a list.
+-- (alike in every script) What is to be told of a session, as the items of a list.
 local function facts(session, own, now)
   local ends = tonumber(string.sub(own, 33, 45))
   local left = redis.call('PTTL', session)
   local more = redis.call('HMGET', session, 'gen', 'sub')
-  local told = {
+  return {
     item(string.sub(own, 17, 32)), item(string.format('%.0f', ends or now + left)),
     item(string.format('%.0f', left)), item(string.sub(own, 46)),
     item(string.match(more[1] or '0', '^%d+')), item(string.sub(more[2] or '', 9)),
   }
+end
+
+-- (alike in every script) The same, with the name and the size of each payload behind it.
+local function facts_and_sizes(session, own, now)
+  local told = facts(session, own, now)
   for _, field in ipairs(redis.call('HKEYS', session)) do
     local kind, name, size = string.sub(field, 1, 1), string.sub(field, 2), nil
     if kind == ':' then
@@ -66,4 +71,4 @@ local function facts(session, own, now)
 end
 
 local time = redis.call('TIME')
-return facts(session, own, time[1] * 1000 + math.floor(time[2] / 1000)) .. echo
+return facts_and_sizes(session, own, time[1] * 1000 + math.floor(time[2] / 1000)) .. echo

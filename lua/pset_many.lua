@@ -1,15 +1,17 @@
--- Stores several payloads of a live session, all or none; its end does not move.
+-- Stores several payloads of a live session and deletes others, all or none; its end does not move.
 --   KEYS[1]     the session's hash
 --   ARGV[1]     fingerprint of the token
---   ARGV[2]     how many payloads there are
---   ARGV[3..]   payload field, its data, and so on
+--   ARGV[2]     how many payloads there are to store
+--   ARGV[3]     how many there are to delete; those that are not there are none
+--   ARGV[4..]   payload field, its data, and so on; then the fields of those to delete
 --   ARGV[last]  echo, behind every reply
 -- Returns echo. Errors: NOSESSION, INCOMPLETE.
 local session, echo, fingerprint = KEYS[1], ARGV[#ARGV], ARGV[1]
-local grows = true -- whether it may take memory
+local stored, deleted = 2 * tonumber(ARGV[2]), tonumber(ARGV[3])
+local grows = stored > 0 -- whether it may take memory
 
 -- If the network lost a digit of how many words there are, the last ones are missing.
-if #ARGV ~= 3 + 2 * tonumber(ARGV[2]) then return redis.error_reply('INCOMPLETE ' .. echo) end
+if #ARGV ~= 4 + stored + deleted then return redis.error_reply('INCOMPLETE ' .. echo) end
 
 local own = redis.call('HGET', session, 'fp')
 -- (alike in every script) Is this the session's token? And if it has an idle timeout, it begins anew.
@@ -38,16 +40,20 @@ if not own or #own > 32 or #fingerprint ~= 16 or string.find(own, fingerprint, 1
     end
   end
 end
-for i = 3, #ARGV - 1, 2 do
+for i = 4, 3 + stored, 2 do
   -- A server may refuse the first write, and none after it.
   local written = redis.pcall('HSET', session, ARGV[i], ARGV[i + 1])
   if written ~= 0 and written ~= 1 then return redis.error_reply(written.err .. ' ' .. echo) end
   -- Redis before 6 evicts inside a script, before its first write: if it took this very session, what
   -- stands there now is a payload alone, without an end.
-  if i == 3 and redis.call('HEXISTS', session, 'fp') == 0 then
+  if i == 4 and redis.call('HEXISTS', session, 'fp') == 0 then
     redis.call('UNLINK', session)
     return redis.error_reply('NOSESSION ' .. echo)
   end
   if written == 1 then redis.call('HDEL', session, ';' .. string.sub(ARGV[i], 2)) end
+end
+for i = 4 + stored, #ARGV - 1 do
+  local gone = redis.pcall('HDEL', session, ARGV[i], ';' .. string.sub(ARGV[i], 2))
+  if type(gone) == 'table' then return redis.error_reply(gone.err .. ' ' .. echo) end
 end
 return echo

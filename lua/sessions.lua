@@ -17,16 +17,21 @@ if redis.replicate_commands then redis.replicate_commands() end
 -- (alike in every script) A list is one string: of each item its length, a colon and the item.
 local function item(value) return #value .. ':' .. value end
 
--- (alike in every script) What is to be told of a session, as a list.
+-- (alike in every script) What is to be told of a session, as the items of a list.
 local function facts(session, own, now)
   local ends = tonumber(string.sub(own, 33, 45))
   local left = redis.call('PTTL', session)
   local more = redis.call('HMGET', session, 'gen', 'sub')
-  local told = {
+  return {
     item(string.sub(own, 17, 32)), item(string.format('%.0f', ends or now + left)),
     item(string.format('%.0f', left)), item(string.sub(own, 46)),
     item(string.match(more[1] or '0', '^%d+')), item(string.sub(more[2] or '', 9)),
   }
+end
+
+-- (alike in every script) The same, with the name and the size of each payload behind it.
+local function facts_and_sizes(session, own, now)
+  local told = facts(session, own, now)
   for _, field in ipairs(redis.call('HKEYS', session)) do
     local kind, name, size = string.sub(field, 1, 1), string.sub(field, 2), nil
     if kind == ':' then
@@ -55,7 +60,7 @@ for i = 2, #KEYS do
     dead[#dead + 1] = entry
   elseif ours[found[2]] and not found[3] then
     list[#list + 1] = item(entry)
-    list[#list + 1] = item(facts(session, found[1], now))
+    list[#list + 1] = item(facts_and_sizes(session, found[1], now))
   end
 end
 local left = redis.call('ZCARD', index)

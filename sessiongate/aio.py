@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, overload
 
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.client import Pipeline
@@ -17,20 +17,24 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .answers import SessionInfo
-from .arguments import Data, min_replicas_setting, timeout_setting
+from .arguments import ALWAYS, NoCondition, min_replicas_setting, timeout_setting
 from .call import Call
+from .codecs import Codec, In, Out, T
 from .command import Answer, AnyCommand, Command, NotRun
 from .commands import Commands
 from .connect import async_client_from_url, not_a_client
 from .errors import ConfigurationError, EventLoopError, GateClosedError
 from .gate import DEFAULT_PREFIX, DEFAULT_TIMEOUT, SessionGate
+from .handle import DEFAULT_TTL, AsyncSession
 from .keyspace import Keyspace, system_random
 from .lane import Batch, Lane, OneLoop, Waiting, Watch
 from .primaries import primary_of
 from .routes import AsyncRoutes, Journey
+from .sealing import SealingKey, sealing_key_ring
 from .subjects import Overflow
 from .timed import FOREVER, within_async
 from .tokens import SignKey, SignKeyRing
+from .values import Values
 
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., object])
@@ -48,7 +52,7 @@ def _as_in(method: Callable[..., object]) -> Callable[[F], F]:
     return documented
 
 
-class AsyncSessionGate:
+class AsyncSessionGate(Generic[In, Out]):
     """Sessions on stock Redis under asyncio: SessionGate, each method awaited.
 
     Operations that are asked for while the gate's connection is busy leave together when it is
@@ -77,6 +81,13 @@ class AsyncSessionGate:
             sent again; None leaves it to the client's timeouts.
         min_replicas: how many replicas have to have what a call writes before it returns, 0 to
             1,000; the calls that matter most take one of their own.
+        codec: what makes bytes of payloads and back: `JSONCodec()`, `MsgpackCodec()` or one of your
+            own (`Codec` says how); bytes and text as they are, if not given.
+        sealing_key: the secret that encrypts and authenticates payloads before they leave the
+            process, or a list of them: the first seals, all open. 32 random bytes each, or the
+            64 hexadecimal digits that `sessiongate keygen` prints. None seals nothing.
+        accept_unsealed: whether payloads that were never sealed are read all the same: for the time
+            of the change-over.
         random: where ids come from, `random(n)` being n bytes; only a test should replace it.
 
     Raises:
@@ -102,6 +113,9 @@ class AsyncSessionGate:
         max_waiting: int = DEFAULT_MAX_WAITING,
         timeout: float | None = DEFAULT_TIMEOUT,  # of every call, not of this one
         min_replicas: int = 0,
+        codec: Codec[In, Out] | None = None,
+        sealing_key: SealingKey | Sequence[SealingKey] | None = None,
+        accept_unsealed: bool = False,
         random: Callable[[int], bytes] = system_random,
     ) -> None:
         self._closed = False
@@ -112,12 +126,13 @@ class AsyncSessionGate:
         if not isinstance(max_waiting, int) or max_waiting < 1:
             raise ConfigurationError("max_waiting is a whole number of at least 1")
         self._timeout = timeout_setting(timeout)
-        self._commands = Commands(
+        self._commands: Commands[In, Out] = Commands(
             SignKeyRing(sign_key),
             Keyspace(prefix, random),
-            max_sessions,
-            on_overflow,
-            min_replicas_setting(min_replicas),
+            Values(codec, sealing_key_ring(sealing_key, sign_key, accept_unsealed=accept_unsealed)),
+            max_sessions=max_sessions,
+            on_overflow=on_overflow,
+            min_replicas=min_replicas_setting(min_replicas),
         )
         self._client = client
         self._owns_client = False
@@ -145,6 +160,9 @@ class AsyncSessionGate:
         max_waiting: int = DEFAULT_MAX_WAITING,
         timeout: float | None = DEFAULT_TIMEOUT,  # of every call, not of this one
         min_replicas: int = 0,
+        codec: Codec[In, Out] | None = None,
+        sealing_key: SealingKey | Sequence[SealingKey] | None = None,
+        accept_unsealed: bool = False,
         random: Callable[[int], bytes] = system_random,
     ) -> Self:
         """A gate with a client of its own, which `aclose` closes. Connects at the first call.
@@ -163,6 +181,9 @@ class AsyncSessionGate:
             max_waiting: as for the class.
             timeout: as for the class.
             min_replicas: as for the class.
+            codec: as for the class.
+            sealing_key: as for the class.
+            accept_unsealed: as for the class.
             random: as for the class.
 
         Raises:
@@ -184,6 +205,9 @@ class AsyncSessionGate:
             max_waiting=max_waiting,
             timeout=timeout,
             min_replicas=min_replicas,
+            codec=codec,
+            sealing_key=sealing_key,
+            accept_unsealed=accept_unsealed,
             random=random,
         )
         gate._owns_client = True
@@ -193,7 +217,7 @@ class AsyncSessionGate:
     async def start(
         self,
         ttl: int | timedelta,
-        payloads: Mapping[str, Data] | None = None,
+        payloads: Mapping[str, In] | None = None,
         *,
         subject: str | None = None,
         idle_timeout: int | timedelta | None = None,
@@ -201,6 +225,45 @@ class AsyncSessionGate:
     ) -> str:
         return await self._run(
             self._commands.start(ttl, payloads, subject, idle_timeout, min_replicas)
+        )
+
+    def open(
+        self,
+        token: str | bytes | None,
+        *,
+        names: Iterable[str] | None = None,
+        ttl: int | timedelta = DEFAULT_TTL,
+        subject: str | None = None,
+        idle_timeout: int | timedelta | None = None,
+    ) -> AsyncSession[In, Out]:
+        """The session as a mapping of its payloads, for an `async with` block.
+
+        As `SessionGate.open`, but that reading is awaited: `await session.load()`, once, brings the
+        payloads; to assign needs no reading. Leaving the block stores what it assigned, deleted or
+        changed in place.
+
+        Args:
+            token: as for `SessionGate.open`.
+            names: likewise.
+            ttl: likewise.
+            subject: likewise.
+            idle_timeout: likewise.
+
+        Raises:
+            InvalidTokenError: the token is malformed or forged.
+            ArgumentError: an argument is out of its limits.
+
+        Example:
+            >>> session = gate.open(token)
+            >>> session["cart"] = "3 books"
+            >>> await session.save()
+            >>> session = await gate.open(token, names=["cart"]).load()
+            >>> session["cart"], session.subject
+            (b'3 books', 'alice')
+        """
+        opening = self._commands.opening(ttl, idle_timeout)
+        return AsyncSession(
+            self._commands, self._run, token, names=names, opening=opening, subject=subject
         )
 
     @_as_in(SessionGate.touch)
@@ -233,10 +296,10 @@ class AsyncSessionGate:
         self,
         token: str | bytes,
         name: str,
-        data: Data,
+        data: In,
         *,
         if_absent: bool = False,
-        if_match: Data | None = None,
+        if_match: In | NoCondition = ALWAYS,
         ttl: int | timedelta | None = None,
     ) -> None:
         return await self._run(
@@ -244,28 +307,48 @@ class AsyncSessionGate:
         )
 
     @_as_in(SessionGate.pset_many)
-    async def pset_many(self, token: str | bytes, payloads: Mapping[str, Data]) -> None:
-        return await self._run(self._commands.pset_many(token, payloads))
+    async def pset_many(
+        self, token: str | bytes, payloads: Mapping[str, In], *, delete: Iterable[str] = ()
+    ) -> None:
+        return await self._run(self._commands.pset_many(token, payloads, delete))
+
+    @overload
+    async def pget(self, token: str | bytes, name: str) -> Out: ...
+
+    @overload
+    async def pget(self, token: str | bytes, name: str, *, as_: type[T]) -> T: ...
+
+    @overload
+    async def pget(self, token: str | bytes, name: str, *, as_: Any) -> Any: ...
 
     @_as_in(SessionGate.pget)
-    async def pget(self, token: str | bytes, name: str) -> bytes:
-        return await self._run(self._commands.pget(token, name))
+    async def pget(self, token: str | bytes, name: str, *, as_: Any = None) -> Any:
+        return await self._run(self._commands.pget(token, name, as_))
 
     @_as_in(SessionGate.pget_many)
-    async def pget_many(self, token: str | bytes, names: Iterable[str]) -> dict[str, bytes]:
+    async def pget_many(self, token: str | bytes, names: Iterable[str]) -> dict[str, Out]:
         return await self._run(self._commands.pget_many(token, names))
 
     @_as_in(SessionGate.pall)
-    async def pall(self, token: str | bytes) -> dict[str, bytes]:
+    async def pall(self, token: str | bytes) -> dict[str, Out]:
         return await self._run(self._commands.pall(token))
 
     @_as_in(SessionGate.pdel)
     async def pdel(self, token: str | bytes, name: str) -> None:
         return await self._run(self._commands.pdel(token, name))
 
+    @overload
+    async def ppop(self, token: str | bytes, name: str) -> Out: ...
+
+    @overload
+    async def ppop(self, token: str | bytes, name: str, *, as_: type[T]) -> T: ...
+
+    @overload
+    async def ppop(self, token: str | bytes, name: str, *, as_: Any) -> Any: ...
+
     @_as_in(SessionGate.ppop)
-    async def ppop(self, token: str | bytes, name: str) -> bytes:
-        return await self._run(self._commands.ppop(token, name))
+    async def ppop(self, token: str | bytes, name: str, *, as_: Any = None) -> Any:
+        return await self._run(self._commands.ppop(token, name, as_))
 
     @_as_in(SessionGate.pincr)
     async def pincr(self, token: str | bytes, name: str, by: int = 1) -> int:

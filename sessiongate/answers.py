@@ -10,6 +10,8 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 STARTED_DIGITS = 16
 ENTRY_BYTES = 32
 
+_FACTS = 6  # what is told of a session before its payloads
+
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
@@ -56,25 +58,40 @@ def items(answer: bytes) -> Iterator[bytes]:
         at = end
 
 
-def payloads(answer: bytes) -> dict[str, bytes]:
+def payloads(answer: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Names and data of payloads."""
     listed = items(answer)
-    return {_text(name): data for name, data in zip(listed, listed, strict=True)}
+    return zip(listed, listed, strict=True)
 
 
 def session_info(session_id: str, answer: bytes) -> SessionInfo:
     """What a script tells of one session."""
     listed = items(answer)
-    started, ends, left, idle, generation, subject = (next(listed) for _ in range(6))
+    facts = [next(listed) for _ in range(_FACTS)]
+    payloads = {text(name): int(size) for name, size in zip(listed, listed, strict=True)}
+    return _info(session_id, facts, payloads)
+
+
+def opened(session_id: str, answer: bytes) -> tuple[SessionInfo, dict[bytes, bytes]]:
+    """What a script tells of one session, and what is stored of its payloads, by their names."""
+    listed = items(answer)
+    facts = [next(listed) for _ in range(_FACTS)]
+    stored = dict(zip(listed, listed, strict=True))
+    sizes = {text(name): len(data) for name, data in stored.items()}
+    return _info(session_id, facts, sizes), stored
+
+
+def _info(session_id: str, facts: list[bytes], payloads: dict[str, int]) -> SessionInfo:
+    started, ends, left, idle, generation, subject = facts
     return SessionInfo(
         id=session_id,
-        subject=_text(subject) or None,
+        subject=text(subject) or None,
         created_at=_EPOCH + timedelta(milliseconds=int(started) // 1000),
         expires_at=_EPOCH + timedelta(milliseconds=int(ends)),
         idle_timeout=int(idle) if idle else None,
         seconds_left=int(left) / 1000,
         generation=int(generation),
-        payloads={_text(name): int(size) for name, size in zip(listed, listed, strict=True)},
+        payloads=payloads,
     )
 
 
@@ -96,6 +113,7 @@ def entry_id(entry: bytes) -> str:
     return entry[STARTED_DIGITS:].decode()
 
 
-def _text(raw: bytes) -> str:
+def text(raw: bytes) -> str:
+    """The name that stands for these bytes."""
     # Another client may have stored a name that is no UTF-8: it is to be seen all the same.
     return raw.decode("utf-8", "backslashreplace")

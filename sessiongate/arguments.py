@@ -1,9 +1,25 @@
 """What a caller may pass: every limit, and the bytes that an argument becomes. No I/O here."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from enum import Enum
+from typing import TypeVar
 
 from .errors import ArgumentError, ConfigurationError
+
+V = TypeVar("V")
+
+
+class NoCondition(Enum):
+    """Where `if_match` is not given: None is a value, to codecs that have it."""
+
+    ALWAYS = "always"
+
+    def __repr__(self) -> str:
+        return "ALWAYS"
+
+
+ALWAYS = NoCondition.ALWAYS
 
 Data = str | bytes | bytearray | memoryview
 
@@ -125,7 +141,9 @@ def field_arg(name: str) -> bytes:
     return b":" + raw
 
 
-def payloads_arg(payloads: Mapping[str, Data] | None) -> tuple[bytes, ...]:
+def payloads_arg(
+    payloads: Mapping[str, V] | None, encode: Callable[[V, str], bytes]
+) -> tuple[bytes, ...]:
     """Field and data of each payload, one behind the other."""
     if payloads is None:
         return ()
@@ -134,8 +152,8 @@ def payloads_arg(payloads: Mapping[str, Data] | None) -> tuple[bytes, ...]:
             f"payloads is a mapping of names to data, not {type(payloads).__name__}"
         )
     fields: list[bytes] = []
-    for name, data in payloads.items():
-        fields += (field_arg(name), data_arg(data, name))
+    for name, value in payloads.items():
+        fields += (field_arg(name), encode(value, name))
     return tuple(fields)
 
 
@@ -153,7 +171,7 @@ def data_arg(data: Data, name: str) -> bytes:
     if content is None:
         raise ArgumentError(
             f"data of payload {name!r} is bytes-like or a str, not {type(data).__name__}: "
-            f"serialize it first, as with json.dumps"
+            f"for other types, give the gate a codec, as in codec=JSONCodec()"
             if not isinstance(data, str)
             else f"data of payload {name!r} is valid text or bytes: this str holds a lone surrogate"
         )

@@ -129,7 +129,9 @@ class Call(Generic[R]):
                 if unknown is not None and not lost(error):
                     # That this try did not run does not say that of those before.
                     raise unknown from error
-            raise error
+                raise error
+            # Not from where it arose: what is decoded there is for no log that shows variables.
+            raise error.with_traceback(None)
         finally:
             del error, unknown  # they refer to this frame: they would keep each other
 

@@ -5,48 +5,52 @@ sent again after one and what is sent next is all told here.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from functools import partial
+from typing import Any, Generic
 
 from redis.exceptions import TryAgainError
 
 from . import answers, scripts
 from .answers import SessionInfo
 from .arguments import (
-    Data,
+    ALWAYS,
+    NoCondition,
     by_arg,
     counted,
-    data_arg,
     field_arg,
     grace_arg,
     idle_timeout_arg,
     min_replicas_arg,
     names_arg,
-    payloads_arg,
     ttl_arg,
 )
+from .codecs import In, Out
 from .command import Command, again, is_empty, nothing, told_again
-from .errors import ArgumentError, IdTakenError
+from .errors import ArgumentError, IdTakenError, PayloadConflictError
 from .keyspace import Keyspace
 from .subjects import MAX_DRAWS, Opening, Overflow, Source, Subjects
 from .tokens import FINGERPRINT_BYTES, SignKeyRing
+from .values import Values
 
 NONCE_BYTES = 8
 
+# How often `if_match` looks again at a payload that others store anew at the same time.
+_MAX_LOOKS = 1000
 
-def _data(answer: bytes) -> bytes:
-    return answer
 
-
-class Commands:
+class Commands(Generic[In, Out]):
     """Makes the command of each operation; whatever can be refused locally is refused here."""
 
-    __slots__ = ("_keyspace", "_replicas", "_ring", "_subjects")
+    __slots__ = ("_keyspace", "_replicas", "_ring", "_subjects", "values")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # what a gate is made of
         self,
         ring: SignKeyRing,
         keyspace: Keyspace,
+        values: Values[In, Out],
+        *,
         max_sessions: int | None = None,
         on_overflow: Overflow = "evict",
         min_replicas: int = 0,
@@ -54,7 +58,8 @@ class Commands:
         self._ring = ring
         self._keyspace = keyspace
         self._replicas = min_replicas
-        self._subjects = Subjects(ring, keyspace, max_sessions, on_overflow)
+        self.values = values
+        self._subjects = Subjects(ring, keyspace, values, max_sessions, on_overflow)
 
     def verify(self, token: str | bytes) -> str:
         return self._ring.verify(token)[0]
@@ -62,12 +67,26 @@ class Commands:
     def start(
         self,
         ttl: int | timedelta,
-        payloads: Mapping[str, Data] | None = None,
+        payloads: Mapping[str, In] | None = None,
         subject: str | None = None,
         idle_timeout: int | timedelta | None = None,
         min_replicas: int | None = None,
     ) -> Command[str]:
-        opening = Opening(ttl_arg(ttl), idle_timeout_arg(idle_timeout), payloads_arg(payloads))
+        opening = self.opening(ttl, idle_timeout, payloads)
+        return self.begin(opening, subject, min_replicas)
+
+    def opening(
+        self,
+        ttl: int | timedelta,
+        idle_timeout: int | timedelta | None,
+        payloads: Mapping[str, In] | None = None,
+    ) -> Opening:
+        fields = self.values.fields(payloads)
+        return Opening(ttl_arg(ttl), idle_timeout_arg(idle_timeout), fields)
+
+    def begin(
+        self, opening: Opening, subject: str | None, min_replicas: int | None = None
+    ) -> Command[str]:
         replicas = min_replicas_arg(min_replicas, self._replicas)
         if subject is not None:
             return self._subjects.start(subject, opening, replicas)
@@ -76,7 +95,8 @@ class Commands:
     def _start(self, opening: Opening, replicas: int, draws: int) -> Command[str]:
         session_id = self._keyspace.new_id()
         token, fingerprint = self._ring.sign(session_id)
-        ttl, idle_timeout, fields, _ = opening
+        ttl, idle_timeout, payloads, _ = opening
+        fields = self.values.sealed(session_id, payloads)
 
         def recover(command: Command[str], error: Exception) -> Command[str] | None:
             # A slot that moves takes no new session, since that has two Redis keys.
@@ -197,57 +217,106 @@ class Commands:
         self,
         token: str | bytes,
         name: str,
-        data: Data,
+        value: In,
         *,
         if_absent: bool = False,
-        if_match: Data | None = None,
+        if_match: In | NoCondition = ALWAYS,
         ttl: int | timedelta | None = None,
     ) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
-        args = (fingerprint, field_arg(name), data_arg(data, name))
-        if if_absent is False and if_match is None and ttl is None:
+        values, field = self.values, field_arg(name)
+        stored = values.stored(session_id, field, values.encoded(value, name))
+        args = (fingerprint, field, stored)
+        if if_absent is False and if_match is ALWAYS and ttl is None:
             return Command(
                 scripts.PSET, keys, args, nothing, session_id, name, replicas=self._replicas
             )
         if not isinstance(if_absent, bool):
             raise ArgumentError(f"if_absent is a bool, not {type(if_absent).__name__}")
-        if if_absent and if_match is not None:
+        if if_absent and if_match is not ALWAYS:
             raise ArgumentError("if_absent and if_match exclude each other: give one of them")
-        condition = b"absent" if if_absent else b"" if if_match is None else b"match"
-        expected = b"" if if_match is None else data_arg(if_match, name)
-        options = (condition, expected, b"" if ttl is None else ttl_arg(ttl))
-        return Command(
-            scripts.PSET_IF,
-            keys,
-            (*args, *options),
-            nothing,
-            session_id,
-            name,
-            replicas=self._replicas,
-        )
+        end = b"" if ttl is None else ttl_arg(ttl)
 
-    def pset_many(self, token: str | bytes, payloads: Mapping[str, Data]) -> Command[None]:
-        session_id, fingerprint, keys = self._session(token)
+        def store(condition: bytes, expected: bytes = b"") -> Command[None]:
+            options = (*args, condition, expected, end)
+            return Command(
+                scripts.PSET_IF, keys, options, nothing, session_id, name, replicas=self._replicas
+            )
+
+        if isinstance(if_match, NoCondition):
+            return store(b"absent" if if_absent else b"")
+        data = values.encoded(if_match, name)
+
+        def is_same(held: bytes) -> bool:
+            return values.are_same(values.opened(session_id, field, held), data, name)
+
+        return self._if_match(token, name, data, is_same, partial(store, b"match"))
+
+    def _if_match(
+        self,
+        token: str | bytes,
+        name: str,
+        data: bytes,
+        is_same: Callable[[bytes], bool],
+        store: Callable[[bytes], Command[None]],
+    ) -> Command[None]:
+        """Store if what is stored is of that data: what Redis compares are its bytes."""
+
+        def look(looks: int) -> Command[None]:
+            def looked(answer: bytes) -> Command[None]:
+                held = dict(answers.payloads(answer)).get(name.encode())
+                if held is None or not is_same(held):
+                    raise PayloadConflictError(name)
+                return store(held)._replace(recover=recover)
+
+            def recover(_: Command[None], error: Exception) -> Command[None] | None:
+                # It was stored anew in between: sealed again, it may be the same all the same.
+                return (
+                    look(looks - 1) if looks and isinstance(error, PayloadConflictError) else None
+                )
+
+            return self._read(token, (field_arg(name),), looked)
+
+        def recover(_: Command[None], error: Exception) -> Command[None] | None:
+            # Others may have encoded the same to other bytes, as JSON with blanks in it.
+            return look(_MAX_LOOKS) if isinstance(error, PayloadConflictError) else None
+
+        if self.values.seals:
+            return look(_MAX_LOOKS)  # what is sealed anew never has the same bytes
+        command = store(data)
+        return command if self.values.is_bytes else command._replace(recover=recover)
+
+    def pset_many(
+        self, token: str | bytes, payloads: Mapping[str, In], delete: Iterable[str] = ()
+    ) -> Command[None]:
         if payloads is None:
             raise ArgumentError("payloads is a mapping of names to data, not NoneType")
-        fields = payloads_arg(payloads)
-        args = (fingerprint, counted(fields), *fields)
+        return self.change(token, self.values.fields(payloads), names_arg(delete))
+
+    def change(
+        self, token: str | bytes, fields: tuple[bytes, ...], deleted: tuple[bytes, ...]
+    ) -> Command[None]:
+        session_id, fingerprint, keys = self._session(token)
+        if not set(deleted).isdisjoint(fields[::2]):
+            raise ArgumentError("a payload is stored or deleted, not both")
+        stored = self.values.sealed(session_id, fields)
+        args = (fingerprint, counted(fields), b"%d" % len(deleted), *stored, *deleted)
         return Command(scripts.PSET_MANY, keys, args, nothing, session_id, replicas=self._replicas)
 
-    def pget(self, token: str | bytes, name: str) -> Command[bytes]:
+    def pget(self, token: str | bytes, name: str, as_: Any = None) -> Command[Any]:
         session_id, fingerprint, keys = self._session(token)
-        args = (fingerprint, field_arg(name))
-        return Command(scripts.PGET, keys, args, _data, session_id, name, again)
+        field = field_arg(name)
+        read = self.values.reader(session_id, field, name, as_)
+        return Command(scripts.PGET, keys, (fingerprint, field), read, session_id, name, again)
 
-    def pget_many(self, token: str | bytes, names: Iterable[str]) -> Command[dict[str, bytes]]:
-        session_id, fingerprint, keys = self._session(token)
-        args = (fingerprint, *names_arg(names))
-        return Command(scripts.PGET_MANY, keys, args, answers.payloads, session_id, "", again)
+    def pget_many(self, token: str | bytes, names: Iterable[str]) -> Command[dict[str, Out]]:
+        fields = names_arg(names)
+        return self._read(token, fields, self.values.mapping(self.verify(token)))
 
-    def pall(self, token: str | bytes) -> Command[dict[str, bytes]]:
+    def pall(self, token: str | bytes) -> Command[dict[str, Out]]:
         session_id, fingerprint, keys = self._session(token)
-        args = (fingerprint,)
-        return Command(scripts.PALL, keys, args, answers.payloads, session_id, "", again)
+        read = self.values.mapping(session_id)
+        return Command(scripts.PALL, keys, (fingerprint,), read, session_id, "", again)
 
     def pdel(self, token: str | bytes, name: str) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
@@ -264,15 +333,41 @@ class Commands:
             replicas=self._replicas,
         )
 
-    def ppop(self, token: str | bytes, name: str) -> Command[bytes]:
+    def ppop(self, token: str | bytes, name: str, as_: Any = None) -> Command[Any]:
         session_id, fingerprint, keys = self._session(token)
-        args = (fingerprint, field_arg(name))
-        return Command(scripts.PPOP, keys, args, _data, session_id, name, replicas=self._replicas)
+        field = field_arg(name)
+        read = self.values.reader(session_id, field, name, as_)
+        args = (fingerprint, field)
+        return Command(scripts.PPOP, keys, args, read, session_id, name, replicas=self._replicas)
 
     def pincr(self, token: str | bytes, name: str, by: int) -> Command[int]:
+        if self.values.seals:
+            raise ArgumentError(
+                "a gate that seals has no pincr, since Redis cannot count what it cannot read: "
+                "use pget and pset(..., if_match=...), or a gate without sealing_key for counters"
+            )
         session_id, fingerprint, keys = self._session(token)
         args = (fingerprint, field_arg(name), by_arg(by))
         return Command(scripts.PINCR, keys, args, int, session_id, name, replicas=self._replicas)
+
+    def open(
+        self, token: str | bytes, fields: tuple[bytes, ...] | None
+    ) -> Command[tuple[SessionInfo, dict[bytes, bytes]]]:
+        """Tell of the session and read what is stored in these fields, or in all."""
+        session_id, fingerprint, keys = self._session(token)
+        asked = (b"",) if fields is None else (b"%d" % len(fields), *fields)
+
+        def told(answer: bytes) -> tuple[SessionInfo, dict[bytes, bytes]]:
+            return answers.opened(session_id, answer)
+
+        return Command(scripts.OPEN, keys, (fingerprint, *asked), told, session_id, "", again)
+
+    def _read(
+        self, token: str | bytes, fields: tuple[bytes, ...], decode: Callable[[bytes], Any]
+    ) -> Command[Any]:
+        session_id, fingerprint, keys = self._session(token)
+        args = (fingerprint, *fields)
+        return Command(scripts.PGET_MANY, keys, args, decode, session_id, "", again)
 
     def _session(self, token: str | bytes) -> tuple[str, bytes, tuple[bytes]]:
         session_id, fingerprint, _ = self._ring.verify(token)

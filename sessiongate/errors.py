@@ -20,15 +20,18 @@ class SessionGateError(Exception):
         │   │   ├── MalformedTokenError
         │   │   └── BadSignatureError
         │   └── SessionNotFoundError     ended, expired or never there
-        ├── PayloadNotFoundError         also a LookupError
+        ├── PayloadNotFoundError         also a KeyError
         ├── PayloadConflictError         if_absent or if_match was not so
         ├── PayloadTypeError             the payload is no counter
         │   └── PayloadOverflowError     also an OverflowError
+        ├── PayloadDecodeError           the codec cannot read what is stored
+        ├── UnsealError                  changed, foreign, or sealed with another key
         ├── TooManySessionsError         the subject has max_sessions
         ├── UnderReplicatedError         written, but too few replicas have it
         ├── ArgumentError                also a ValueError
         ├── ConfigurationError           also a ValueError
         ├── GateClosedError
+        ├── HandleError                  also a RuntimeError
         ├── EventLoopError               also a RuntimeError
         └── IdTakenError                 the random source is broken
     """
@@ -84,7 +87,7 @@ class SessionNotFoundError(InvalidSessionError):
         return "the session ended, expired or never was: ask the client to sign in again"
 
 
-class PayloadNotFoundError(SessionGateError, LookupError):
+class PayloadNotFoundError(SessionGateError, KeyError):
     """The session lives, but holds no payload of that name.
 
     Attributes:
@@ -134,6 +137,45 @@ class PayloadOverflowError(PayloadTypeError, OverflowError):
 
     def __str__(self) -> str:
         return f"payload {self.name!r} would leave the range of a signed number of 64 bits"
+
+
+class PayloadDecodeError(SessionGateError):
+    """The gate's codec cannot read what is stored, or it is not what `as_` asks for.
+
+    Attributes:
+        name: the payload's name, as it was asked for.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return (
+            f"payload {self.name!r} cannot be decoded: another codec wrote it, or it is of another "
+            "type than was asked for"
+        )
+
+
+class UnsealError(SessionGateError):
+    """What is stored is not what this session sealed under this name with one of the gate's keys.
+
+    It was changed, cut, moved from elsewhere, never sealed, or sealed with a key that the gate does
+    not have. Nothing of it is returned.
+
+    Attributes:
+        name: the payload's name, as it was asked for.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return (
+            f"payload {self.name!r} is not what this session sealed: it was changed, moved, never "
+            "sealed, or sealed with a key that this gate does not have"
+        )
 
 
 class TooManySessionsError(SessionGateError):
@@ -191,6 +233,10 @@ class GateClosedError(SessionGateError):
 
     def __str__(self) -> str:
         return "the gate is closed: make a new one, or close this one later"
+
+
+class HandleError(SessionGateError, RuntimeError):
+    """What `gate.open` returned was used in a way that it cannot serve; nothing was sent."""
 
 
 class EventLoopError(SessionGateError, RuntimeError):

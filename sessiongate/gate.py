@@ -4,23 +4,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from time import monotonic, sleep
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, overload
 
 from redis import Redis, RedisCluster
 from redis.client import Pipeline
 from redis.cluster import ClusterPipeline
 
 from .answers import SessionInfo
-from .arguments import Data, min_replicas_setting, timeout_setting
+from .arguments import ALWAYS, NoCondition, min_replicas_setting, timeout_setting
 from .call import Call
+from .codecs import Codec, In, Out, T
 from .command import Command
 from .commands import Commands
 from .connect import LaterCluster, client_from_url, not_a_client, refuse_stale_cache
 from .errors import GateClosedError
+from .handle import DEFAULT_TTL, Session
 from .keyspace import Keyspace, system_random
 from .lines import Channel, ClusterLines, Lines
+from .sealing import SealingKey, sealing_key_ring
 from .subjects import Overflow
 from .tokens import SignKey, SignKeyRing
+from .values import Values
 
 R = TypeVar("R")
 
@@ -28,7 +32,7 @@ DEFAULT_PREFIX = "sg-session"
 DEFAULT_TIMEOUT = 5.0
 
 
-class SessionGate:
+class SessionGate(Generic[In, Out]):
     """Sessions on stock Redis: signed tokens, named payloads, one atomic script an operation.
 
     A gate is made once and shared: by threads, and by the children of a fork.
@@ -48,6 +52,13 @@ class SessionGate:
             sent again; None leaves it to the client's timeouts.
         min_replicas: how many replicas have to have what a call writes before it returns, 0 to
             1,000; the calls that matter most take one of their own.
+        codec: what makes bytes of payloads and back: `JSONCodec()`, `MsgpackCodec()` or one of your
+            own (`Codec` says how); bytes and text as they are, if not given.
+        sealing_key: the secret that encrypts and authenticates payloads before they leave the
+            process, or a list of them: the first seals, all open. 32 random bytes each, or the
+            64 hexadecimal digits that `sessiongate keygen` prints. None seals nothing.
+        accept_unsealed: whether payloads that were never sealed are read all the same: for the time
+            of the change-over.
         random: where ids come from, `random(n)` being n bytes; only a test should replace it.
 
     Raises:
@@ -71,6 +82,9 @@ class SessionGate:
         on_overflow: Overflow = "evict",
         timeout: float | None = DEFAULT_TIMEOUT,
         min_replicas: int = 0,
+        codec: Codec[In, Out] | None = None,
+        sealing_key: SealingKey | Sequence[SealingKey] | None = None,
+        accept_unsealed: bool = False,
         random: Callable[[int], bytes] = system_random,
     ) -> None:
         self._closed = False
@@ -83,12 +97,13 @@ class SessionGate:
             refuse_stale_cache(client)
         self._client = client
         self._timeout = timeout_setting(timeout)
-        self._commands = Commands(
+        self._commands: Commands[In, Out] = Commands(
             SignKeyRing(sign_key),
             Keyspace(prefix, random),
-            max_sessions,
-            on_overflow,
-            min_replicas_setting(min_replicas),
+            Values(codec, sealing_key_ring(sealing_key, sign_key, accept_unsealed=accept_unsealed)),
+            max_sessions=max_sessions,
+            on_overflow=on_overflow,
+            min_replicas=min_replicas_setting(min_replicas),
         )
         self._channel: Channel = (
             Lines(client.connection_pool, self._timeout)
@@ -107,6 +122,9 @@ class SessionGate:
         on_overflow: Overflow = "evict",
         timeout: float | None = DEFAULT_TIMEOUT,
         min_replicas: int = 0,
+        codec: Codec[In, Out] | None = None,
+        sealing_key: SealingKey | Sequence[SealingKey] | None = None,
+        accept_unsealed: bool = False,
         random: Callable[[int], bytes] = system_random,
     ) -> Self:
         """A gate with a client of its own, which `close` closes. Connects at the first call.
@@ -123,6 +141,9 @@ class SessionGate:
             on_overflow: as for the class.
             timeout: as for the class.
             min_replicas: as for the class.
+            codec: as for the class.
+            sealing_key: as for the class.
+            accept_unsealed: as for the class.
             random: as for the class.
 
         Raises:
@@ -141,13 +162,16 @@ class SessionGate:
             on_overflow=on_overflow,
             timeout=timeout,
             min_replicas=min_replicas,
+            codec=codec,
+            sealing_key=sealing_key,
+            accept_unsealed=accept_unsealed,
             random=random,
         )
 
     def start(
         self,
         ttl: int | timedelta,
-        payloads: Mapping[str, Data] | None = None,
+        payloads: Mapping[str, In] | None = None,
         *,
         subject: str | None = None,
         idle_timeout: int | timedelta | None = None,
@@ -181,6 +205,49 @@ class SessionGate:
             >>> token = gate.start(86_400, {"cart": b"[]"}, subject="alice", idle_timeout=1800)
         """
         return self._run(self._commands.start(ttl, payloads, subject, idle_timeout, min_replicas))
+
+    def open(
+        self,
+        token: str | bytes | None,
+        *,
+        names: Iterable[str] | None = None,
+        ttl: int | timedelta = DEFAULT_TTL,
+        subject: str | None = None,
+        idle_timeout: int | timedelta | None = None,
+    ) -> Session[In, Out]:
+        """The session as a mapping of its payloads: for a `with` block, as a request has one.
+
+        Nothing is sent yet. The first read brings the payloads, in one round trip; leaving the
+        block stores what it assigned, deleted or changed in place, in one more, and nothing else.
+        An exception stores nothing.
+
+        Args:
+            token: as `start` or `renew` returned it; with None a session is started as soon as
+                something is to be stored, and `session.token` is then what to send to the client.
+            names: the payloads to read, each 1 to 200 bytes of UTF-8; all, if not given.
+            ttl: of a session that this starts, as for `start`; a day unless you say so.
+            subject: likewise.
+            idle_timeout: likewise.
+
+        Raises:
+            InvalidTokenError: the token is malformed or forged.
+            ArgumentError: an argument is out of its limits.
+
+        Example:
+            >>> with gate.open(token) as session:
+            ...     session["cart"] = "3 books"
+            >>> with gate.open(token, names=["cart"]) as session:
+            ...     session["cart"], session.subject
+            (b'3 books', 'alice')
+            >>> with gate.open(None) as session:
+            ...     session["lang"] = "en"
+            >>> session.token[:3]
+            'v1.'
+        """
+        opening = self._commands.opening(ttl, idle_timeout)
+        return Session(
+            self._commands, self._run, token, names=names, opening=opening, subject=subject
+        )
 
     def touch(self, token: str | bytes) -> None:
         """Use the session, so that its idle timeout begins anew, and do nothing else.
@@ -250,6 +317,7 @@ class SessionGate:
                 that this gate does not have.
             TooManySessionsError: the subject has `max_sessions`, and the gate rejects more.
             UnderReplicatedError: it was written, but too few replicas had it in time.
+            UnsealError: with a subject, at a gate that seals: a payload was not sealed there.
             ArgumentError: an argument is out of its limits; nothing was sent.
 
         Example:
@@ -288,10 +356,10 @@ class SessionGate:
         self,
         token: str | bytes,
         name: str,
-        data: Data,
+        data: In,
         *,
         if_absent: bool = False,
-        if_match: Data | None = None,
+        if_match: In | NoCondition = ALWAYS,
         ttl: int | timedelta | None = None,
     ) -> None:
         """Store one payload; when the session ends does not change.
@@ -299,9 +367,10 @@ class SessionGate:
         Args:
             token: as `start` or `renew` returned it.
             name: 1 to 200 bytes of UTF-8.
-            data: 1 to 8,000,000 bytes; a str is stored as UTF-8.
+            data: what the gate's codec encodes, without one bytes or a str, which is stored as
+                UTF-8; 1 to 8,000,000 bytes when it is encoded.
             if_absent: store it only if there is no payload of that name.
-            if_match: store it only if the payload of that name has this data.
+            if_match: store it only if the payload of that name has this data, as it was read.
             ttl: whole seconds (or a timedelta) until the payload is gone, if the session does not
                 end before; 0 deletes it. Without, it stays as long as the session.
 
@@ -309,6 +378,7 @@ class SessionGate:
             InvalidTokenError: the token is malformed or forged; nothing was sent.
             SessionNotFoundError: the session ended or expired.
             PayloadConflictError: the condition is not met; nothing was stored.
+            UnsealError: with `if_match`, what is there was not sealed there.
             ArgumentError: an argument is out of its limits; nothing was sent.
 
         Example:
@@ -320,12 +390,15 @@ class SessionGate:
             self._commands.pset(token, name, data, if_absent=if_absent, if_match=if_match, ttl=ttl)
         )
 
-    def pset_many(self, token: str | bytes, payloads: Mapping[str, Data]) -> None:
-        """Store several payloads, all or none; when the session ends does not change.
+    def pset_many(
+        self, token: str | bytes, payloads: Mapping[str, In], *, delete: Iterable[str] = ()
+    ) -> None:
+        """Store several payloads, and delete others, all or none; the session's end stays.
 
         Args:
             token: as `start` or `renew` returned it.
             payloads: names and data, as for `pset`.
+            delete: names of payloads to delete in the same step, if they are there.
 
         Raises:
             InvalidTokenError: the token is malformed or forged; nothing was sent.
@@ -333,33 +406,47 @@ class SessionGate:
             ArgumentError: a payload is out of its limits; nothing was sent.
 
         Example:
-            >>> gate.pset_many(token, {"lang": "en", "cart": b"[]"})
+            >>> gate.pset_many(token, {"lang": "en", "cart": b"[]"}, delete=["flash"])
         """
-        return self._run(self._commands.pset_many(token, payloads))
+        return self._run(self._commands.pset_many(token, payloads, delete))
 
-    def pget(self, token: str | bytes, name: str) -> bytes:
+    @overload
+    def pget(self, token: str | bytes, name: str) -> Out: ...
+
+    @overload
+    def pget(self, token: str | bytes, name: str, *, as_: type[T]) -> T: ...
+
+    @overload
+    def pget(self, token: str | bytes, name: str, *, as_: Any) -> Any: ...
+
+    def pget(self, token: str | bytes, name: str, *, as_: Any = None) -> Any:
         """Read one payload.
 
         Args:
             token: as `start` or `renew` returned it.
             name: 1 to 200 bytes of UTF-8.
+            as_: the type that it is to be of, if the gate's codec knows types: a msgspec struct, a
+                dataclass, a builtin type such as `list[int]`. `bytes` or `str` without a codec.
 
         Returns:
-            Its data, always bytes.
+            Its data, decoded: without a codec always bytes.
 
         Raises:
             InvalidTokenError: the token is malformed or forged; nothing was sent.
             SessionNotFoundError: the session ended or expired.
             PayloadNotFoundError: the session holds no payload of that name.
-            ArgumentError: the name is out of its limits; nothing was sent.
+            PayloadDecodeError: the codec cannot decode it, or it is of another type.
+            UnsealError: the gate seals, and what is there was not sealed there.
+            ArgumentError: the name is out of its limits, or the codec knows no such type; nothing
+                was sent.
 
         Example:
-            >>> gate.pget(token, "cart")
-            b'[]'
+            >>> gate.pget(token, "cart"), gate.pget(token, "lang", as_=str)
+            (b'[]', 'en')
         """
-        return self._run(self._commands.pget(token, name))
+        return self._run(self._commands.pget(token, name, as_))
 
-    def pget_many(self, token: str | bytes, names: Iterable[str]) -> dict[str, bytes]:
+    def pget_many(self, token: str | bytes, names: Iterable[str]) -> dict[str, Out]:
         """Read several payloads, as they were at one moment.
 
         Args:
@@ -367,11 +454,13 @@ class SessionGate:
             names: each 1 to 200 bytes of UTF-8.
 
         Returns:
-            The data of each, always bytes; those that are not there are left out.
+            The data of each, decoded as by `pget`; those that are not there are left out.
 
         Raises:
             InvalidTokenError: the token is malformed or forged; nothing was sent.
             SessionNotFoundError: the session ended or expired.
+            PayloadDecodeError: the codec cannot decode one of them.
+            UnsealError: the gate seals, and one of them was not sealed there.
             ArgumentError: a name is out of its limits; nothing was sent.
 
         Example:
@@ -380,18 +469,20 @@ class SessionGate:
         """
         return self._run(self._commands.pget_many(token, names))
 
-    def pall(self, token: str | bytes) -> dict[str, bytes]:
+    def pall(self, token: str | bytes) -> dict[str, Out]:
         """Read all payloads, as they were at one moment.
 
         Args:
             token: as `start` or `renew` returned it.
 
         Returns:
-            The data of each, always bytes, in no order.
+            The data of each, decoded as by `pget`, in no order.
 
         Raises:
             InvalidTokenError: the token is malformed or forged; nothing was sent.
             SessionNotFoundError: the session ended or expired.
+            PayloadDecodeError: the codec cannot decode one of them.
+            UnsealError: the gate seals, and one of them was not sealed there.
 
         Example:
             >>> sorted(gate.pall(token))
@@ -417,7 +508,16 @@ class SessionGate:
         """
         return self._run(self._commands.pdel(token, name))
 
-    def ppop(self, token: str | bytes, name: str) -> bytes:
+    @overload
+    def ppop(self, token: str | bytes, name: str) -> Out: ...
+
+    @overload
+    def ppop(self, token: str | bytes, name: str, *, as_: type[T]) -> T: ...
+
+    @overload
+    def ppop(self, token: str | bytes, name: str, *, as_: Any) -> Any: ...
+
+    def ppop(self, token: str | bytes, name: str, *, as_: Any = None) -> Any:
         """Read one payload and delete it: for flash messages and one-time codes.
 
         Of several callers at once exactly one gets it.
@@ -425,21 +525,25 @@ class SessionGate:
         Args:
             token: as `start` or `renew` returned it.
             name: 1 to 200 bytes of UTF-8.
+            as_: as for `pget`.
 
         Returns:
-            Its data, always bytes.
+            Its data, decoded: without a codec always bytes.
 
         Raises:
             InvalidTokenError: the token is malformed or forged; nothing was sent.
             SessionNotFoundError: the session ended or expired.
             PayloadNotFoundError: the session holds no payload of that name.
-            ArgumentError: the name is out of its limits; nothing was sent.
+            PayloadDecodeError: the codec cannot decode it; it is deleted all the same.
+            UnsealError: the gate seals, and it was not sealed there; it is deleted all the same.
+            ArgumentError: the name is out of its limits, or the codec knows no such type; nothing
+                was sent.
 
         Example:
             >>> gate.ppop(token, "signed in")
             b'yes'
         """
-        return self._run(self._commands.ppop(token, name))
+        return self._run(self._commands.ppop(token, name, as_))
 
     def pincr(self, token: str | bytes, name: str, by: int = 1) -> int:
         """Add to a counter: a payload that holds a whole number in decimal. One not there is 0.
@@ -457,7 +561,8 @@ class SessionGate:
             SessionNotFoundError: the session ended or expired.
             PayloadTypeError: the payload is no counter; it was left as it is.
             PayloadOverflowError: the sum would not fit into 64 bits; likewise.
-            ArgumentError: an argument is out of its limits; nothing was sent.
+            ArgumentError: an argument is out of its limits, or the gate seals: Redis cannot count
+                what it cannot read. Nothing was sent.
 
         Example:
             >>> gate.pincr(token, "visits")

@@ -6,7 +6,7 @@ one looks whether the list still holds.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from redis.exceptions import ClusterCrossSlotError
 
@@ -20,9 +20,11 @@ from .errors import (
     IdTakenError,
     SessionGateError,
     SessionNotFoundError,
+    UnsealError,
 )
 from .keyspace import Keyspace, is_session_id, slot_of
 from .tokens import SignKeyRing
+from .values import Values
 
 Overflow = Literal["evict", "reject"]
 
@@ -36,7 +38,7 @@ _MAX_LOOKS = 1000
 
 
 class Opening(NamedTuple):
-    """What a new session begins with."""
+    """What a new session begins with; its payloads are not sealed yet."""
 
     ttl: bytes
     idle_timeout: bytes
@@ -72,15 +74,21 @@ class _Joining(NamedTuple):
     replicas: int
     before: tuple[Trace, ...] = ()  # of what was written on other servers
     follow: "Callable[[Opening, _Drawn], Command[str]] | None" = None
+    seal_for: str = ""  # the id that it is to have in the end, if another one
+    redraw: "Callable[[int], Command[str]] | None" = None  # what to do if the id is taken
 
 
 class _Drawn(NamedTuple):
-    """What a session is to be called, and how many more may be drawn if there is one already."""
+    """What a session is to be called, and how many more may be drawn if there is one already.
+
+    `fields` are its payloads, as they are stored under that id.
+    """
 
     session_id: str
     token: str
     fingerprint: bytes
     left: int
+    fields: tuple[bytes, ...]
 
     def __repr__(self) -> str:
         # A traceback that shows local variables must not hand out the token.
@@ -104,14 +112,20 @@ class Subjects:
     Args:
         ring: the sign keys of the gate.
         keyspace: what names its Redis keys.
+        values: what seals payloads, which a session takes along to its new id.
         max_sessions: how many live sessions a subject may have; None for any number.
         on_overflow: whether the oldest session goes when there is one more, or that one is refused.
     """
 
-    __slots__ = ("_evicts", "_keyspace", "_limit", "_ring")
+    __slots__ = ("_evicts", "_keyspace", "_limit", "_ring", "_values")
 
     def __init__(
-        self, ring: SignKeyRing, keyspace: Keyspace, max_sessions: int | None, on_overflow: Overflow
+        self,
+        ring: SignKeyRing,
+        keyspace: Keyspace,
+        values: Values[Any, Any],
+        max_sessions: int | None,
+        on_overflow: Overflow,
     ) -> None:
         if max_sessions is not None and (
             not isinstance(max_sessions, int) or isinstance(max_sessions, bool) or max_sessions < 1
@@ -125,6 +139,7 @@ class Subjects:
             )
         self._ring = ring
         self._keyspace = keyspace
+        self._values = values
         self._limit = b"%d" % (max_sessions or 0)
         self._evicts = b"1" if on_overflow == "evict" else b"0"
 
@@ -138,9 +153,10 @@ class Subjects:
         """Give the session to the subject, under a new id and with a new token."""
         raw = subject_arg(subject)
         index_key, generation = self.index_key(raw), source.generation + 1
-        return self._join(
-            _Joining(raw, index_key, _AS_IT_IS, source, generation, self._limit, replicas)
-        )
+        joining = _Joining(raw, index_key, _AS_IT_IS, source, generation, self._limit, replicas)
+        if self._values.seals:
+            return self._copied(source, joining)  # what is sealed for one id opens under no other
+        return self._join(joining)
 
     def sessions(self, subject: str) -> Command[list[SessionInfo]]:
         """Tell of the live sessions, the oldest first."""
@@ -271,9 +287,15 @@ class Subjects:
         return tuple([realm + subject for realm in self._ring.realms])
 
     def _join(self, joining: _Joining, draws: int = MAX_DRAWS) -> Command[str]:
-        session_id = self._keyspace.new_id_in(slot_of(joining.index_key))
-        drawn = _Drawn(session_id, *self._ring.sign(session_id, joining.generation), draws - 1)
-        return self._join_as(drawn, joining)
+        return self._join_as(self._drawn(self._new_id(joining), joining, draws), joining)
+
+    def _new_id(self, joining: _Joining) -> str:
+        return self._keyspace.new_id_in(slot_of(joining.index_key))
+
+    def _drawn(self, session_id: str, joining: _Joining, draws: int) -> _Drawn:
+        token, fingerprint = self._ring.sign(session_id, joining.generation)
+        fields = self._values.sealed(joining.seal_for or session_id, joining.opening.fields)
+        return _Drawn(session_id, token, fingerprint, draws - 1, fields)
 
     def _join_as(
         self,
@@ -283,7 +305,7 @@ class Subjects:
         entries: Sequence[bytes] = (),
         looks: int = _MAX_LOOKS,
     ) -> Command[str]:
-        _, index_key, opening, source, _, limit, replicas, before, follow = joining
+        _, index_key, opening, source, _, limit, replicas, before, follow, _, redraw = joining
         keys: tuple[bytes, ...] = (
             self._keyspace.session_key(drawn.session_id),
             index_key,
@@ -306,10 +328,10 @@ class Subjects:
             self._evicts,
             b"%d" % len(subs),
             b"%d" % len(entries),
-            counted(opening.fields),
+            counted(drawn.fields),
             *subs,
             *entries,
-            *opening.fields,
+            *drawn.fields,
         )
 
         def joined(answer: bytes) -> str | Command[str]:
@@ -328,7 +350,7 @@ class Subjects:
 
         def recover(_: Command[str], error: Exception) -> Command[str] | None:
             if isinstance(error, IdTakenError) and drawn.left:
-                return self._join(joining, drawn.left)
+                return redraw(drawn.left) if redraw else self._join(joining, drawn.left)
             if source and isinstance(error, ClusterCrossSlotError):
                 return self._copied(source, joining)
             return None
@@ -347,33 +369,47 @@ class Subjects:
             waits=is_empty,
         )
 
-    # Between two slots of a cluster: copy the session, take away the old one, and make up for what
-    # changed meanwhile. Whoever takes it has it; who comes too late ends the copy. Where another
-    # session has to go for it, the copy is pending until it was taken, and then adopted: before
-    # that it is not told of, counts for no limit, and nothing is evicted for it, nor is it.
+    # Between two slots of a cluster, and where payloads have to be sealed anew: copy the session,
+    # take away the old one, and make up for what changed meanwhile. Whoever takes it has it; who
+    # comes too late ends the copy. Where another session has to go for it, the copy is pending
+    # until it was taken, and then adopted: before that it is not told of, counts for no limit, and
+    # nothing is evicted for it, nor is it. Its payloads are sealed for the id that it gets then.
 
     def _copied(self, source: Source, joining: _Joining) -> Command[str]:
         evicts = self._evicts == b"1" and joining.limit != b"0"
-
+        final = self._new_id(joining) if evicts else ""
         old = Trace(self._keyspace.session_key(source.session_id), GONE)
 
-        def taken(drawn: _Drawn) -> str | Command[str]:
+        def taken(drawn: _Drawn, fields: tuple[bytes, ...]) -> str | Command[str]:
             if not evicts:
                 new = Trace(self._keyspace.session_key(drawn.session_id), drawn.fingerprint)
                 return waited_for((new, old), joining.replicas, drawn.token)
             copied = Source(drawn.session_id, drawn.fingerprint, joining.generation)
-            adopting = joining._replace(opening=_AS_IT_IS, source=copied, before=(old,))
-            return self._join(adopting)
+
+            def adopt(session_id: str, draws: int) -> Command[str]:
+                return self._join_as(self._drawn(session_id, adopting, draws), adopting)
+
+            def redraw(draws: int) -> Command[str]:
+                another = self._new_id(joining)
+                then = adopt(another, draws)
+                return self._import(drawn, source, self._values.sealed(another, fields), then)
+
+            adopting = joining._replace(
+                opening=_AS_IT_IS, source=copied, before=(old,), redraw=redraw
+            )
+            return adopt(final, MAX_DRAWS)
 
         def follow(opening: Opening, drawn: _Drawn) -> Command[str]:
-            return self._take(source, opening, drawn, taken)
+            return self._take(source, opening, drawn, final or drawn.session_id, taken)
 
         def read(answer: bytes) -> Command[str]:
-            opening, limit = _opening(answer), joining.limit
+            opening, limit = self._opening(source, answer), joining.limit
             if evicts:
                 opening = opening._replace(fields=(*opening.fields, *_PENDING))
                 limit = b"0"
-            copying = joining._replace(opening=opening, source=None, limit=limit, follow=follow)
+            copying = joining._replace(
+                opening=opening, source=None, limit=limit, follow=follow, seal_for=final
+            )
             return self._join(copying)
 
         return self._export(source, b"", read)
@@ -383,27 +419,40 @@ class Subjects:
         source: Source,
         opening: Opening,
         drawn: _Drawn,
-        taken: Callable[[_Drawn], str | Command[str]],
+        seal_for: str,
+        taken: Callable[[_Drawn, tuple[bytes, ...]], str | Command[str]],
     ) -> Command[str]:
         keys = (self._keyspace.session_key(drawn.session_id),)
 
-        def gone(_: bytes) -> str:
-            raise SessionNotFoundError(source.session_id)
-
         def read(answer: bytes) -> str | Command[str]:
-            fields = _opening(answer).fields
+            fields = self._opening(source, answer).fields
+            then = taken(drawn, fields)
             if _same(fields, opening.fields) or _same((*fields, *_PENDING), opening.fields):
-                return taken(drawn)
-            args = (drawn.fingerprint, counted(fields), *fields)
-            return Command(scripts.IMPORT, keys, args, lambda _: taken(drawn), source.session_id)
+                return then
+            return self._import(drawn, source, self._values.sealed(seal_for, fields), then)
 
         def recover(_: Command[str], error: Exception) -> Command[str] | None:
             if isinstance(error, SessionNotFoundError):
-                args = (drawn.fingerprint, b"0")
-                return Command(scripts.END, keys, args, gone, source.session_id)
-            return None
+                why: SessionGateError = SessionNotFoundError(source.session_id)
+            elif isinstance(error, UnsealError):
+                why = UnsealError(error.name)
+            else:
+                return None
+
+            def gone(_: bytes) -> str:
+                raise why
+
+            args = (drawn.fingerprint, b"0")
+            return Command(scripts.END, keys, args, gone, source.session_id)
 
         return self._export(source, drawn.fingerprint, read)._replace(recover=recover)
+
+    def _import(
+        self, drawn: _Drawn, source: Source, fields: tuple[bytes, ...], then: str | Command[str]
+    ) -> Command[str]:
+        keys = (self._keyspace.session_key(drawn.session_id),)
+        args = (drawn.fingerprint, counted(fields), *fields)
+        return Command(scripts.IMPORT, keys, args, lambda _: then, source.session_id)
 
     def _export(
         self, source: Source, taker: bytes, read: Callable[[bytes], str | Command[str]]
@@ -412,10 +461,10 @@ class Subjects:
         args = (source.fingerprint, taker)
         return Command(scripts.EXPORT, keys, args, read, source.session_id, repeat=again)
 
-
-def _opening(answer: bytes) -> Opening:
-    started, ttl, idle_timeout, *fields = answers.items(answer)
-    return Opening(ttl, idle_timeout, tuple(fields), started)
+    def _opening(self, source: Source, answer: bytes) -> Opening:
+        started, ttl, idle_timeout, *fields = answers.items(answer)
+        unsealed = self._values.unsealed(source.session_id, tuple(fields))
+        return Opening(ttl, idle_timeout, unsealed, started)
 
 
 def _same(fields: tuple[bytes, ...], others: tuple[bytes, ...]) -> bool:

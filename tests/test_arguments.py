@@ -45,6 +45,7 @@ from sessiongate.commands import Commands
 from sessiongate.connect import async_client_from_url, client_from_url
 from sessiongate.keyspace import Keyspace
 from sessiongate.lines import Lines
+from sessiongate.values import Values
 
 from .conftest import Flavour
 from .servers import NO_RETRY
@@ -126,7 +127,7 @@ def test_a_name_out_of_its_limits(gate: SessionGate, token: str, name: object) -
     for call in (
         lambda: gate.start(300, {name: "x"}),  # type: ignore[dict-item]  # what a type checker would refuse
         lambda: gate.pset(token, name, "x"),  # type: ignore[arg-type]  # likewise
-        lambda: gate.pget(token, name),  # type: ignore[arg-type]  # likewise
+        lambda: gate.pget(token, name),  # type: ignore[call-overload]  # likewise
         lambda: gate.pdel(token, name),  # type: ignore[arg-type]  # likewise
     ):
         with pytest.raises(ArgumentError, match="name"):
@@ -193,8 +194,9 @@ def test_what_is_no_mapping_of_payloads(gate: SessionGate, payloads: object) -> 
 def test_what_counts_as_payloads(payloads: dict[str, bytes]) -> None:
     """Any mapping is payloads, in its order; None and an empty one are no payloads."""
     fields = [part for name, data in payloads.items() for part in (field_arg(name), data)]
-    assert payloads_arg(payloads) == payloads_arg(MappingProxyType(payloads)) == tuple(fields)
-    assert payloads_arg(None) == payloads_arg({}) == ()
+    asked = [payloads_arg(each, data_arg) for each in (payloads, MappingProxyType(payloads))]
+    assert asked == [tuple(fields)] * 2
+    assert payloads_arg(None, data_arg) == payloads_arg({}, data_arg) == ()
 
 
 def test_refused_text_is_in_no_error() -> None:
@@ -672,7 +674,7 @@ def test_a_grace_unless_it_is_given(flavour: Flavour) -> None:
     """Without a grace, and with None for it, the old token goes on working for ten seconds."""
     gate = flavour.gate_from_url("memory://")
     keyspace, ring = gate._commands._keyspace, gate._commands._ring
-    commands = Commands(ring, keyspace)
+    commands = Commands(ring, keyspace, Values())
     token = gate.start(300)
     assert commands.renew(token, None, None).args[3] == b"10"
     assert commands.renew(token, 5, None).args[3] == b"5"

@@ -388,7 +388,7 @@ def examples(name: str, value: object) -> list[doctest.DocTest]:
 def run_examples(test: doctest.DocTest, names: dict[str, object]) -> None:
     """Runs examples in these names, which keep what they make."""
     for example in test.examples:
-        example.source = re.sub(r"await (gate\.\w+\(.*\))", r"_run(\1)", example.source)
+        example.source = re.sub(r"await ((?:gate|session)\.\w+\(.*\))", r"_run(\1)", example.source)
     test.globs = names
     report: list[str] = []
     checker = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)

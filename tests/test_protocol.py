@@ -40,6 +40,7 @@ from sessiongate import (
 from sessiongate.command import AnyCommand, Command
 from sessiongate.commands import Commands
 from sessiongate.tokens import SignKeyRing
+from sessiongate.values import Values
 
 from .conftest import _BINARIES, SIGN_KEY, running, running_cluster
 from .servers import Cluster, Server
@@ -1751,7 +1752,7 @@ def test_what_is_sent_again_is_what_the_library_sends_again() -> None:
 def commands_of_the_library() -> Iterator[AnyCommand]:
     """One of each kind: the first of every operation, and those that it goes on with."""
     names = keyspace.Keyspace("sg-session", keyspace.system_random)
-    commands = Commands(SignKeyRing(SIGN_KEY), names)
+    commands = Commands(SignKeyRing(SIGN_KEY), names, Values())
     token = Client(0, SIGN_KEY.encode()).sign("A" * 16)
     entry = b"0" * 16 + draw_in(slot_of(index_of("zoë"))).encode()
     yield commands.start(300)
@@ -1805,7 +1806,7 @@ def test_replicas_are_waited_for_where_the_page_says() -> None:
         "index": (b"9" * 16, b"9" * 16 + entry),
     }
     names = keyspace.Keyspace("sg-session", keyspace.system_random)
-    commands = Commands(SignKeyRing(SIGN_KEY), names)
+    commands = Commands(SignKeyRing(SIGN_KEY), names, Values())
     token = Client(0, SIGN_KEY.encode()).sign("A" * 16)
     expire, listing = commands.expire(token, 300, 1), commands.end_all("zoë", None, 1)
     several: list[AnyCommand] = [

@@ -1,0 +1,587 @@
+"""A session as a mapping of its payloads, for the time of a request: what `gate.open` returns.
+
+What was read, what is to be written, and the command for each; the gate runs it.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Any, Generic, Protocol, Self, TypeVar, cast, overload
+
+from . import answers
+from .answers import SessionInfo
+from .arguments import field_arg, names_arg
+from .codecs import In, Out, T
+from .command import Command
+from .commands import Commands
+from .errors import HandleError, UnderReplicatedError
+from .subjects import Opening
+from .values import decoded
+
+R = TypeVar("R")
+D = TypeVar("D")
+
+DEFAULT_TTL = timedelta(days=1)
+
+# Nothing can be changed in these, so that they need not be looked at again.
+_IMMUTABLE = frozenset({bool, bytes, float, int, str, type(None)})
+
+
+class Run(Protocol):
+    """Runs a command to its result, as `SessionGate` does."""
+
+    def __call__(self, command: Command[R], /) -> R:
+        """The result of the command."""
+
+
+class AsyncRun(Protocol):
+    """The same, awaited."""
+
+    def __call__(self, command: Command[R], /) -> Awaitable[R]:
+        """The result of the command."""
+
+
+class _Unknown:
+    """Stands for a value that was not decoded yet."""
+
+
+_UNKNOWN: Any = _Unknown()
+
+
+class _Payload:
+    """What is known of one payload.
+
+    Attributes:
+        field: its field in the session's hash.
+        owner: the id of the session that it was read from.
+        stored: what Redis has of it, until it was opened; None if it was assigned.
+        data: what the value was when it was read, or stored, encoded; None if it was not yet.
+        value: what the application has in its hands.
+        as_: the type that it was asked for.
+    """
+
+    __slots__ = ("as_", "data", "field", "owner", "stored", "value")
+
+    def __init__(
+        self, field: bytes, owner: str = "", stored: bytes | None = None, value: Any = _UNKNOWN
+    ) -> None:
+        self.field = field
+        self.owner = owner
+        self.stored = stored
+        self.data: bytes | None = None
+        self.value = value
+        self.as_: Any = None
+
+
+class _Handle(MutableMapping[str, Out], Generic[In, Out]):
+    """What both kinds of handle are, but for running commands."""
+
+    def __init__(
+        self,
+        commands: Commands[In, Out],
+        token: str | bytes | None,
+        names: Iterable[str] | None,
+        opening: Opening,
+        subject: str | None,
+    ) -> None:
+        self._commands = commands
+        self._id = None if token is None else commands.verify(token)
+        # Behind a call: a traceback that shows local variables shows attributes of none.
+        self._token = token.decode() if isinstance(token, bytes) else token
+        self._fields = None if names is None else names_arg(names)
+        self._opening = opening
+        self._subject = subject
+        self._info: SessionInfo | None = None
+        self._payloads: dict[str, _Payload] = {}
+        self._deleted: dict[str, bytes] = {}
+        # The names of what Redis has; None if that is not known yet.
+        self._there: set[str] | None = set() if token is None else None
+        self._is_over = self._is_ended = False
+
+    def __repr__(self) -> str:
+        known = "ended" if self._is_ended else self._id or "not started"
+        return f"<{type(self).__name__} {known}>"
+
+    @property
+    def token(self) -> str | None:
+        """What to send to the client; None if there is no session (any more).
+
+        A session that is started has one when it was stored: behind the block, or after `save`.
+        """
+        return self._token
+
+    @property
+    def id(self) -> str | None:
+        """The session id; None if it is not started. Redis is not asked."""
+        return self._id
+
+    @property
+    def subject(self) -> str | None:
+        """Who the session belongs to, as it was read."""
+        if self._there is None:
+            self._fetch()
+        return self._subject
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """When the session ends at the latest, as it was read; None if it is not started."""
+        if self._there is None or (self._info is None and self._token):
+            self._fetch()
+        return self._info.expires_at if self._info else None
+
+    def __getitem__(self, name: str) -> Out:
+        return cast("Out", self._value(name, None))
+
+    @overload
+    def get(self, name: str) -> Out | None: ...
+
+    @overload
+    def get(self, name: str, default: D) -> Out | D: ...
+
+    @overload
+    def get(self, name: str, default: None = None, *, as_: type[T]) -> T | None: ...
+
+    @overload
+    def get(self, name: str, default: D, *, as_: type[T]) -> T | D: ...
+
+    @overload
+    def get(self, name: str, default: Any = None, *, as_: Any) -> Any: ...
+
+    def get(self, name: str, default: Any = None, *, as_: Any = None) -> Any:
+        """The payload of that name, or the default if there is none.
+
+        Args:
+            name: as it was stored.
+            default: what to return if there is none.
+            as_: the type that it is to be of, as for `pget`. If it was read as another one before,
+                the object that is returned now is the one of which changes are stored.
+        """
+        try:
+            return self._value(name, as_)
+        except KeyError:
+            return default
+
+    def __setitem__(self, name: str, value: In) -> None:  # type: ignore[override]  # may be more
+        self._check_writable()
+        field = field_arg(name)
+        values = self._commands.values
+        # Now, so that what cannot be stored is told where it is assigned.
+        data = values.encoded(value, name)
+        self._payloads[name] = _Payload(field, value=data if values.is_bytes else value)
+        self._deleted.pop(name, None)
+
+    def __delitem__(self, name: str) -> None:
+        self._check_writable()
+        payload = self._find(name)
+        del self._payloads[name]
+        if self._there is None or name in self._there:
+            self._deleted[name] = payload.field
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        try:
+            self._find(name)
+        except KeyError:
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        if self._there is None:
+            self._fetch()
+        return iter(list(self._payloads))
+
+    def __len__(self) -> int:
+        if self._there is None:
+            self._fetch()
+        return len(self._payloads)
+
+    def clear(self) -> None:
+        """Delete all payloads: of those that were to be read, if they were named."""
+        for name in self:
+            del self[name]
+
+    def _fetch(self) -> None:
+        """Read the session now, or say that it has to be read first."""
+        raise NotImplementedError
+
+    def _find(self, name: str) -> _Payload:
+        if name not in self._payloads:
+            if name not in self._deleted:
+                if self._there is None:
+                    self._fetch()
+                self._check_named(name)
+            if name not in self._payloads:
+                raise KeyError(name)
+        return self._payloads[name]
+
+    def _check_named(self, name: str) -> None:
+        # It may be there: to say that it is not would be wrong.
+        if (
+            self._fields is not None
+            and self._token
+            and isinstance(name, str)
+            and name not in (self._there or ())
+            and b":" + name.encode(errors="replace") not in self._fields
+        ):
+            raise HandleError(f"payload {name!r} was not read: name it in open(token, names=[...])")
+
+    def _check_writable(self) -> None:
+        if self._is_ended:
+            raise HandleError("the session was ended by this handle: open(None) starts another one")
+        if self._is_over:
+            raise HandleError("the block is over, and its changes are stored: open the token again")
+
+    def _value(self, name: str, as_: Any) -> Any:
+        payload, values = self._find(name), self._commands.values
+        if payload.stored is not None:
+            payload.data = values.opened(payload.owner, payload.field, payload.stored)
+            payload.stored = None
+        if payload.value is _UNKNOWN:
+            assert payload.data is not None  # noqa: S101  # it was read, or it had a value
+            payload.value = decoded(values.decoder(as_), payload.data, name)
+            payload.as_ = as_
+        elif as_ is not None and payload.as_ != as_ and type(payload.value) is not as_:
+            decode = values.decoder(as_)
+            payload.value = decoded(decode, values.encoded(payload.value, name), name)
+            payload.as_ = as_
+        return payload.value
+
+    # What to send, and what to make of the answers.
+
+    def _reading(self) -> Command[tuple[SessionInfo, dict[bytes, bytes]]]:
+        return self._commands.open(self._token or "", self._fields)
+
+    def _was_read(self, answer: tuple[SessionInfo, dict[bytes, bytes]]) -> None:
+        self._info, stored = answer
+        self._subject = self._info.subject
+        self._there = set()
+        for raw, data in stored.items():
+            name = answers.text(raw)
+            self._there.add(name)
+            if name not in self._payloads and name not in self._deleted:
+                self._payloads[name] = _Payload(b":" + raw, self._info.id, data)
+
+    def _writing(self) -> "tuple[Command[Any], dict[str, bytes]] | None":
+        """What stores all changes, and their data by name; None if there is nothing to store."""
+        changes = {}
+        for name, payload in self._payloads.items():
+            data = self._change(name, payload)
+            if data is not None:
+                changes[name] = data
+        fields = tuple(
+            word for name, data in changes.items() for word in (self._payloads[name].field, data)
+        )
+        if self._token is not None:
+            if not changes and not self._deleted:
+                return None
+            deleted = tuple(self._deleted.values())
+            return self._commands.change(self._token, fields, deleted), changes
+        return (self._starting(fields), changes) if changes else None
+
+    def _starting(self, fields: tuple[bytes, ...]) -> Command[str]:
+        return self._commands.begin(self._opening._replace(fields=fields), self._subject)
+
+    def _change(self, name: str, payload: _Payload) -> bytes | None:
+        """The data of a payload that was assigned or changed in place."""
+        if payload.value is _UNKNOWN or (
+            payload.data is not None and type(payload.value) in _IMMUTABLE
+        ):
+            return None
+        values = self._commands.values
+        data = values.encoded(payload.value, name)
+        if payload.data is None:
+            return data
+        return None if values.are_same(payload.data, data, name, payload.as_) else data
+
+    def _was_written(self, changes: dict[str, bytes], token: str | None) -> None:
+        if self._there is not None:
+            self._there |= changes.keys()
+            self._there -= self._deleted.keys()
+        self._deleted = {}
+        for name, data in changes.items():
+            self._payloads[name].data = data
+        if token is not None:
+            self._has_token(token)
+            self._fields = None  # it was started here: all that it holds is known
+
+    def _renewing(
+        self, grace: "int | timedelta | None", subject: str | None
+    ) -> "tuple[Command[str], dict[str, bytes]] | None":
+        """What renews the token; for a session that is not started, what starts the subject's."""
+        if self._is_ended:
+            self._check_writable()
+        if self._token is not None:
+            return self._commands.renew(self._token, grace, subject), {}
+        if subject is None:
+            return None
+        self._subject = subject
+        return self._writing() or (self._starting(()), {})
+
+    def _was_renewed(self, subject: str | None, changes: dict[str, bytes], token: str) -> None:
+        if self._token is None:
+            self._was_written(changes, token)
+            return
+        self._has_token(token)
+        if subject is not None:
+            self._subject = subject
+        if self._info is not None:
+            self._info = replace(self._info, id=self._id or "", subject=self._subject)
+
+    def _has_token(self, token: str) -> None:
+        self._token, self._id = token, self._commands.verify(token)
+
+    def _ending(self) -> Command[None] | None:
+        return None if self._token is None else self._commands.end(self._token)
+
+    def _was_ended(self) -> None:
+        self._is_ended = True
+        self._token = self._info = None
+        self._payloads, self._deleted, self._there = {}, {}, set()
+
+
+class Session(_Handle[In, Out]):
+    """A session as a mapping of its payloads: what `SessionGate.open` returns.
+
+    It is one request's: not for several threads. Nothing is read before something is asked, and
+    then everything at once. What was assigned, deleted or changed in place is stored when the
+    `with` block is left, all or nothing; a block that changes nothing stores nothing.
+
+    Example:
+        >>> from sessiongate import JSONCodec, SessionGate
+        >>> gate = SessionGate.from_url("memory://", sign_key="k" * 32, codec=JSONCodec())
+        >>> with gate.open(None, ttl=3600) as session:
+        ...     session["cart"] = ["book"]
+        >>> with gate.open(session.token) as session:
+        ...     session["cart"].append("pen")
+        >>> gate.pget(session.token, "cart")
+        ['book', 'pen']
+    """
+
+    def __init__(  # noqa: PLR0913  # a gate alone makes it
+        self,
+        commands: Commands[In, Out],
+        run: Run,
+        token: str | bytes | None,
+        *,
+        names: Iterable[str] | None,
+        opening: Opening,
+        subject: str | None,
+    ) -> None:
+        super().__init__(commands, token, names, opening, subject)
+        self._run = run
+
+    def load(self) -> Self:
+        """Read the session now, unless it was read before: one round trip.
+
+        Raises:
+            SessionNotFoundError: the session ended or expired.
+
+        Example:
+            >>> sorted(gate.open(session.token).load())
+            ['cart']
+        """
+        if self._there is None:
+            self._fetch()
+        return self
+
+    def save(self) -> None:
+        """Store now what was changed, as leaving the block does: one round trip, or none.
+
+        Raises:
+            SessionNotFoundError: the session ended or expired; nothing was stored.
+            ArgumentError: a payload was changed to what the codec cannot encode; likewise.
+            TooManySessionsError: the session was to be started, and its subject has `max_sessions`.
+
+        Example:
+            >>> session = gate.open(None)
+            >>> session["lang"] = "en"
+            >>> session.save()
+            >>> gate.pget(session.token, "lang")
+            'en'
+        """
+        if writing := self._writing():
+            command, changes = writing
+            self._finish(command, lambda token: self._was_written(changes, token))
+
+    def renew(self, *, grace: int | timedelta | None = None, subject: str | None = None) -> None:
+        """Replace the token by a new one, at once, and say who signed in: as `SessionGate.renew`.
+
+        `token` is then the new one. Without a session, one with that subject is started.
+
+        Args:
+            grace: as for `SessionGate.renew`.
+            subject: likewise.
+
+        Raises:
+            SessionNotFoundError: the session ended or expired.
+
+        Example:
+            >>> session = gate.open(session.token)
+            >>> session.renew(subject="alice")
+            >>> gate.info(session.token).subject
+            'alice'
+        """
+        if renewing := self._renewing(grace, subject):
+            command, changes = renewing
+            self._finish(command, lambda token: self._was_renewed(subject, changes, token))
+
+    def end(self) -> None:
+        """End the session, at once; what was changed is not stored.
+
+        Raises:
+            SessionNotFoundError: the session ended or expired before.
+
+        Example:
+            >>> session.end()
+            >>> print(session.token)
+            None
+        """
+        if ending := self._ending():
+            self._finish(ending, lambda _: self._was_ended())
+        self._was_ended()
+
+    def __enter__(self) -> Self:
+        self._check_writable()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._is_over = True
+        if exc_type is None and not self._is_ended:
+            self.save()
+
+    def _fetch(self) -> None:
+        self._was_read(self._run(self._reading()))
+
+    def _finish(self, command: Command[R], then: Callable[[Any], None]) -> None:
+        try:
+            result = self._run(command)
+        except UnderReplicatedError as error:
+            then(error.result())  # it was written
+            raise
+        then(result)
+
+
+class AsyncSession(_Handle[In, Out]):
+    """A session as a mapping of its payloads: what `AsyncSessionGate.open` returns.
+
+    As `Session`, but that reading it is awaited: `await session.load()`, once, before something is
+    asked. To assign needs no reading.
+
+    Example:
+        >>> from sessiongate import AsyncSessionGate, JSONCodec
+        >>> gate = AsyncSessionGate.from_url("memory://", sign_key="k" * 32, codec=JSONCodec())
+        >>> token = await gate.start(300, {"cart": ["book"]})
+        >>> session = gate.open(token)
+        >>> (await session.load())["cart"]
+        ['book']
+    """
+
+    def __init__(  # noqa: PLR0913  # a gate alone makes it
+        self,
+        commands: Commands[In, Out],
+        run: AsyncRun,
+        token: str | bytes | None,
+        *,
+        names: Iterable[str] | None,
+        opening: Opening,
+        subject: str | None,
+    ) -> None:
+        super().__init__(commands, token, names, opening, subject)
+        self._run = run
+
+    async def load(self) -> Self:
+        """Read the session, unless it was read before, as `Session.load`: what the mapping needs.
+
+        Raises:
+            SessionNotFoundError: the session ended or expired.
+
+        Example:
+            >>> session = await gate.open(token).load()
+            >>> session.get("nothing"), list(session)
+            (None, ['cart'])
+        """
+        if self._there is None:
+            self._was_read(await self._run(self._reading()))
+        return self
+
+    async def save(self) -> None:
+        """Store now what was changed, as `Session.save`.
+
+        Raises:
+            SessionNotFoundError: the session ended or expired; nothing was stored.
+            ArgumentError: a payload was changed to what the codec cannot encode; likewise.
+            TooManySessionsError: the session was to be started, and its subject has `max_sessions`.
+
+        Example:
+            >>> session["lang"] = "en"
+            >>> await session.save()
+            >>> await gate.pget(token, "lang")
+            'en'
+        """
+        if writing := self._writing():
+            command, changes = writing
+            await self._finish(command, lambda token: self._was_written(changes, token))
+
+    async def renew(
+        self, *, grace: int | timedelta | None = None, subject: str | None = None
+    ) -> None:
+        """Replace the token by a new one, at once, as `Session.renew`.
+
+        Raises:
+            SessionNotFoundError: the session ended or expired.
+
+        Example:
+            >>> await session.renew(subject="alice")
+            >>> session.subject
+            'alice'
+        """
+        if renewing := self._renewing(grace, subject):
+            command, changes = renewing
+            await self._finish(command, lambda token: self._was_renewed(subject, changes, token))
+
+    async def end(self) -> None:
+        """End the session, at once, as `Session.end`.
+
+        Raises:
+            SessionNotFoundError: the session ended or expired before.
+
+        Example:
+            >>> await session.end()
+            >>> print(session.token)
+            None
+        """
+        if ending := self._ending():
+            await self._finish(ending, lambda _: self._was_ended())
+        self._was_ended()
+
+    async def __aenter__(self) -> Self:
+        self._check_writable()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._is_over = True
+        if exc_type is None and not self._is_ended:
+            await self.save()
+
+    def _fetch(self) -> None:
+        raise HandleError("under asyncio a session is read by `await session.load()`, once")
+
+    async def _finish(self, command: Command[R], then: Callable[[Any], None]) -> None:
+        try:
+            result = await self._run(command)
+        except UnderReplicatedError as error:
+            then(error.result())
+            raise
+        then(result)

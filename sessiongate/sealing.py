@@ -1,0 +1,205 @@
+r"""How payloads are sealed so that Redis cannot read or change them, and by which key. No I/O here.
+
+    sealed = "\xc1SG" version(1) key id(4) nonce(24) ciphertext tag(16)
+
+XChaCha20-Poly1305, with what stands before the nonce, the session id and the payload's field as
+additional data: what was sealed opens in that session and under that name alone.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+
+from .arguments import MISSING_HINT, type_of_setting
+from .cipher import KEY_BYTES, NONCE_BYTES, cipher
+from .errors import ConfigurationError
+from .tokens import SignKey
+
+SealingKey = str | bytes
+
+KEY_ID_BYTES = 4
+OVERHEAD_BYTES = 48
+
+# No text in UTF-8 holds the byte C1, and no MessagePack begins with it: what begins like this was
+# sealed, or is random.
+_MARK = b"\xc1SG"
+_VERSION = b"\x01"
+_START = _MARK + _VERSION
+_HEADER_BYTES = len(_START) + KEY_ID_BYTES
+_NONCE_END = _HEADER_BYTES + NONCE_BYTES
+
+_match_text = re.compile(r"[0-9A-Fa-f]{64}").fullmatch
+
+# One secret is never used for two things: what encrypts is made from the sealing key, and so is its
+# id, each under a name of its own.
+_FOR_SEALING = b"sg payload seal"
+_FOR_ID = b"sg seal key id"
+
+
+def new_sealing_key() -> str:
+    """A sealing key as `sessiongate keygen` prints it: 32 random bytes in 64 hexadecimal digits.
+
+    Example:
+        >>> from sessiongate.sealing import new_sealing_key
+        >>> len(new_sealing_key())
+        64
+    """
+    return os.urandom(KEY_BYTES).hex()
+
+
+def sealing_key_id(sealing_key: SealingKey) -> str:
+    """What tells in Redis that a key sealed: 8 hexadecimal digits, no secret.
+
+    Args:
+        sealing_key: as the gate is given it.
+
+    Raises:
+        ConfigurationError: it is no sealing key.
+
+    Example:
+        >>> from sessiongate.sealing import sealing_key_id
+        >>> sealing_key_id("00112233445566778899aabbccddeeff" * 2)
+        '...'
+    """
+    return _id_of(_key_bytes(sealing_key)).hex()
+
+
+def sealed_by(data: bytes) -> str | None:
+    """The id of the key that sealed what Redis holds of a payload; None if it is not sealed.
+
+    Args:
+        data: as it stands in Redis.
+
+    Example:
+        >>> from sessiongate.sealing import sealed_by
+        >>> print(sealed_by(b"plain text"))
+        None
+    """
+    return data[len(_START) : _HEADER_BYTES].hex() if data.startswith(_MARK) else None
+
+
+class SealingKeyRing:
+    """The sealing keys of a gate: the first one seals, all of them open.
+
+    Args:
+        sealing_key: one, or several, newest first.
+        accept_unsealed: whether data that was never sealed is opened as it is.
+        random: where nonces come from; only a test should replace it.
+    """
+
+    __slots__ = (
+        "_accepts_unsealed",
+        "_decrypt",
+        "_encrypt",
+        "_header",
+        "_key",
+        "_keys",
+        "_random",
+    )
+
+    def __init__(
+        self,
+        sealing_key: SealingKey | Sequence[SealingKey],
+        *,
+        accept_unsealed: bool = False,
+        random: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        keys = [sealing_key] if isinstance(sealing_key, str | bytes) else sealing_key
+        if not isinstance(keys, Sequence) or isinstance(keys, bytearray | memoryview):
+            raise ConfigurationError(
+                f"sealing_key is 32 bytes, or their 64 hexadecimal digits as a str, or a list of "
+                f"them, newest first, not {type_of_setting(sealing_key)}"
+            )
+        if not keys:
+            raise ConfigurationError("sealing_key is an empty list: give at least one, or None")
+        secrets = [_key_bytes(key) for key in keys]
+        self._keys = {_START + _id_of(secret): _derived(secret, _FOR_SEALING) for secret in secrets}
+        if len(self._keys) < len(set(secrets)):
+            raise ConfigurationError("two of the sealing keys have one id: make another one")
+        self._header, self._key = next(iter(self._keys.items()))
+        self._accepts_unsealed = accept_unsealed
+        self._random = random
+        self._encrypt, self._decrypt = cipher()
+
+    def __repr__(self) -> str:
+        return f"<SealingKeyRing of {len(self._keys)}>"
+
+    def seal(self, data: bytes, session_id: bytes, field: bytes) -> bytes:
+        """What to store of data, 48 bytes more."""
+        header, nonce = self._header, self._random(NONCE_BYTES)
+        return header + nonce + self._encrypt(data, header + session_id + field, nonce, self._key)
+
+    def open(self, sealed: bytes, session_id: bytes, field: bytes) -> bytes | None:
+        """The data that was sealed in that session, in that field; None if it was not."""
+        header = sealed[:_HEADER_BYTES]
+        key = self._keys.get(header)
+        if key is None:
+            # What begins as sealed data does is none, however little of it is left.
+            sealed_once = _MARK.startswith(sealed[: len(_MARK)])
+            return sealed if self._accepts_unsealed and not sealed_once else None
+        nonce = sealed[_HEADER_BYTES:_NONCE_END]
+        return self._decrypt(sealed[_NONCE_END:], header + session_id + field, nonce, key)
+
+
+def sealing_key_ring(
+    sealing_key: SealingKey | Sequence[SealingKey] | None,
+    sign_key: SignKey | Sequence[SignKey],
+    *,
+    accept_unsealed: bool,
+) -> SealingKeyRing | None:
+    """The ring of a gate; None if it does not seal.
+
+    Raises:
+        ConfigurationError: a key cannot be used, or signs tokens as well.
+    """
+    if not isinstance(accept_unsealed, bool):
+        raise ConfigurationError(f"accept_unsealed is a bool, not {type(accept_unsealed).__name__}")
+    if sealing_key is None:
+        if accept_unsealed:
+            raise ConfigurationError(
+                f"accept_unsealed needs a sealing_key: without, nothing is sealed{MISSING_HINT}"
+            )
+        return None
+    ring = SealingKeyRing(sealing_key, accept_unsealed=accept_unsealed)
+    if _spellings(sealing_key) & _spellings(sign_key):
+        raise ConfigurationError(
+            "one secret is both a sign_key and a sealing_key: make another one with "
+            "`sessiongate keygen`"
+        )
+    return ring
+
+
+def _spellings(keys: SignKey | Sequence[SignKey]) -> set[bytes]:
+    """The bytes of keys, and of those in hexadecimal digits what they stand for."""
+    listed = [keys] if isinstance(keys, str | bytes) else keys
+    raw = {key.encode() if isinstance(key, str) else key for key in listed}
+    return raw | {bytes.fromhex(key) for key in listed if isinstance(key, str) and _match_text(key)}
+
+
+def _derived(secret: bytes, purpose: bytes) -> bytes:
+    return blake2b(key=secret, person=purpose, digest_size=KEY_BYTES).digest()
+
+
+def _id_of(secret: bytes) -> bytes:
+    return _derived(secret, _FOR_ID)[:KEY_ID_BYTES]
+
+
+def _key_bytes(key: object) -> bytes:
+    raw: bytes | None = None
+    if isinstance(key, str):
+        # Not `fromhex` alone, which takes white space for nothing.
+        raw = bytes.fromhex(key) if _match_text(key) else None
+    elif isinstance(key, bytes):
+        raw = bytes(key) if len(key) == KEY_BYTES else None
+    else:
+        raise ConfigurationError(f"a sealing key is a str or bytes, not {type_of_setting(key)}")
+    if raw is None:
+        what = "characters" if isinstance(key, str) else "bytes"
+        raise ConfigurationError(
+            f"a sealing key is {KEY_BYTES} bytes, or a str of their {2 * KEY_BYTES} hexadecimal "
+            f"digits, not {len(key)} {what}: make one with `sessiongate keygen`"
+        )
+    if not raw.strip(b"\0"):
+        raise ConfigurationError(f"a sealing key is nothing but zeros{MISSING_HINT}")
+    return raw

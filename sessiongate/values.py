@@ -1,0 +1,224 @@
+"""What a payload's value becomes on its way to Redis, and back: encoded, then sealed. No I/O here.
+
+A *value* is the application's; encoded it is *data*, which the limits count; *stored* is what Redis
+gets: the data itself or, at a gate that seals, the data sealed.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, cast
+
+from . import answers
+from .arguments import Data, data_arg, payloads_arg
+from .codecs import BytesCodec, Codec, In, Out, T, TypedCodec
+from .errors import ArgumentError, ConfigurationError, PayloadDecodeError, UnsealError
+from .sealing import SealingKeyRing
+
+# What stands in front of the data of a payload with an end of its own: digits of that end.
+_END_DIGITS = 13
+_TIMED = b";"
+_PAYLOAD_KINDS = (b":", _TIMED)
+
+_FAILED = object()
+
+
+def _as_it_is(data: bytes) -> bytes:
+    return data
+
+
+def _payloads_as_they_are(answer: bytes) -> dict[str, Any]:
+    return {answers.text(name): data for name, data in answers.payloads(answer)}
+
+
+class Values(Generic[In, Out]):
+    """The codec of a gate, and the keys that it seals with, if it does.
+
+    Args:
+        codec: what makes data of values; None for bytes as they are.
+        ring: what seals data; None leaves it as it is.
+    """
+
+    __slots__ = ("_codec", "_decode", "_ring", "is_bytes", "seals")
+
+    def __init__(
+        self, codec: Codec[In, Out] | None = None, ring: SealingKeyRing | None = None
+    ) -> None:
+        if codec is None:
+            codec = cast("Codec[In, Out]", BytesCodec())
+        if isinstance(codec, type) or not all(
+            callable(getattr(codec, method, None)) for method in ("encode", "decode")
+        ):
+            hint = ": make one, as in codec=JSONCodec()" if isinstance(codec, type) else ""
+            raise ConfigurationError(f"codec has the methods encode and decode{hint}")
+        self._codec = codec
+        self._ring = ring
+        self.seals = ring is not None
+        self.is_bytes = self.codec_type is BytesCodec
+        self._decode: Callable[[bytes], Any] = _as_it_is if self.is_bytes else codec.decode
+
+    def __repr__(self) -> str:
+        return f"<Values {self.codec_type.__name__}{' sealed' if self.seals else ''}>"
+
+    @property
+    def codec_type(self) -> type:
+        """The class of the codec."""
+        return type(self._codec)
+
+    def encoded(self, value: In, name: str) -> bytes:
+        """The data of a value, as it is now: later changes do not count.
+
+        Raises:
+            ArgumentError: the codec cannot encode it, or the data is out of its limits.
+        """
+        if self.is_bytes:
+            return data_arg(cast("Data", value), name)
+        # Outside of what is handled: an error of a codec may hold the value.
+        try:
+            data = self._codec.encode(value)
+        except ArgumentError as error:
+            reason = str(error)
+        except Exception as error:  # noqa: BLE001  # whatever a codec of the application's raises
+            reason = type(error).__name__
+        else:
+            return data_arg(data, name)
+        raise ArgumentError(f"{self.codec_type.__name__} cannot encode payload {name!r}: {reason}")
+
+    def decoder(self, as_: Any) -> Callable[[bytes], Any]:
+        """What makes a value of data, of that type unless it is None.
+
+        Raises:
+            ArgumentError: the codec knows no such type.
+        """
+        if as_ is None:
+            return self._decode
+        if isinstance(self._codec, TypedCodec):
+            return self._codec.decoder(as_)
+        raise ArgumentError(
+            f"as_ needs a codec with a method `decoder`: {self.codec_type.__name__} has none"
+        )
+
+    def fields(self, payloads: Mapping[str, In] | None) -> tuple[bytes, ...]:
+        """Field and data of each payload, one behind the other."""
+        return payloads_arg(payloads, self.encoded)
+
+    def sealed(self, session_id: str, fields: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """What to store in that session's fields of payloads; its other fields stay as they are."""
+        ring = self._ring
+        if ring is None:
+            return fields
+        owner = session_id.encode()
+        return _changed(fields, lambda data, field: ring.seal(data, owner, field))
+
+    def unsealed(self, session_id: str, fields: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """The data of what is stored in fields of payloads: what `sealed` was given.
+
+        Raises:
+            UnsealError: the session did not seal it so.
+        """
+        if self._ring is None:
+            return fields
+        owner = session_id.encode()
+        return _changed(fields, lambda stored, field: self._opened(stored, owner, field))
+
+    def stored(self, session_id: str, field: bytes, data: bytes) -> bytes:
+        """What Redis gets of data."""
+        return self._ring.seal(data, session_id.encode(), field) if self._ring else data
+
+    def opened(self, session_id: str, field: bytes, stored: bytes) -> bytes:
+        """The data of what Redis has.
+
+        Raises:
+            UnsealError: the session did not seal it so.
+        """
+        return self._opened(stored, session_id.encode(), field)
+
+    def reader(
+        self, session_id: str, field: bytes, name: str, as_: Any = None
+    ) -> Callable[[bytes], Any]:
+        """What makes a value of what is stored in the session's field.
+
+        Raises:
+            ArgumentError: the codec knows no such type.
+        """
+        decode = self._decode if as_ is None else self.decoder(as_)
+        if self._ring is None:
+            if decode is _as_it_is:
+                return decode
+            return lambda stored: decoded(decode, stored, name)
+        owner, open_ = session_id.encode(), self._ring.open
+
+        def read(stored: bytes) -> Any:
+            data = open_(stored, owner, field)
+            if data is None:
+                raise UnsealError(name)
+            if decode is _as_it_is:
+                return data
+            return decoded(decode, data, name)
+
+        return read
+
+    def mapping(self, session_id: str) -> Callable[[bytes], dict[str, Out]]:
+        """What makes values, by name, of what a script returned of several payloads."""
+        if self.is_bytes and self._ring is None:
+            return _payloads_as_they_are
+        owner = session_id.encode()
+
+        def read(answer: bytes) -> dict[str, Out]:
+            values: dict[str, Out] = {}
+            for raw, stored in answers.payloads(answer):
+                name = answers.text(raw)
+                data = self._opened(stored, owner, b":" + raw)
+                values[name] = decoded(self._decode, data, name)
+            return values
+
+        return read
+
+    def are_same(self, data: bytes, other: bytes, name: str, as_: Any = None) -> bool:
+        """Whether data is of the value that `other` was encoded from.
+
+        It need not be the same bytes, if others encoded it: there may be blanks in it.
+        """
+        if data == other or self.is_bytes:
+            return data == other
+        try:
+            return self.encoded(decoded(self.decoder(as_), data, name), name) == other
+        except (PayloadDecodeError, ArgumentError):
+            return False
+
+    def _opened(self, stored: bytes, owner: bytes, field: bytes) -> bytes:
+        if self._ring is None:
+            return stored
+        data = self._ring.open(stored, owner, field)
+        if data is None:
+            raise UnsealError(answers.text(field[1:]))
+        return data
+
+
+def decoded(decode: Callable[[bytes], T], data: bytes, name: str) -> T:
+    """The value of data.
+
+    Raises:
+        PayloadDecodeError: it cannot be decoded.
+    """
+    try:
+        return decode(data)
+    except Exception:  # noqa: BLE001, S110  # whatever a codec of the application's raises
+        pass
+    # Outside of what is handled, and in a frame without the data: errors of codecs show it.
+    del data
+    raise PayloadDecodeError(name)
+
+
+def _changed(
+    fields: tuple[bytes, ...], change: Callable[[bytes, bytes], bytes]
+) -> tuple[bytes, ...]:
+    """The fields with the data of payloads changed, in whichever of two ways they are stored."""
+    changed: list[bytes] = []
+    for field, held in zip(fields[::2], fields[1::2], strict=True):
+        kind = field[:1]
+        if kind in _PAYLOAD_KINDS:
+            # One that gets an end of its own is sealed as before: the server moves it.
+            ends = _END_DIGITS if kind == _TIMED else 0
+            changed += (field, held[:ends] + change(held[ends:], b":" + field[1:]))
+        else:
+            changed += (field, held)
+    return tuple(changed)
