@@ -227,45 +227,6 @@ class AsyncSessionGate(Generic[In, Out]):
             self._commands.start(ttl, payloads, subject, idle_timeout, min_replicas)
         )
 
-    def open(
-        self,
-        token: str | bytes | None,
-        *,
-        names: Iterable[str] | None = None,
-        ttl: int | timedelta = DEFAULT_TTL,
-        subject: str | None = None,
-        idle_timeout: int | timedelta | None = None,
-    ) -> AsyncSession[In, Out]:
-        """The session as a mapping of its payloads, for an `async with` block.
-
-        As `SessionGate.open`, but that reading is awaited: `await session.load()`, once, brings the
-        payloads; to assign needs no reading. Leaving the block stores what it assigned, deleted or
-        changed in place.
-
-        Args:
-            token: as for `SessionGate.open`.
-            names: likewise.
-            ttl: likewise.
-            subject: likewise.
-            idle_timeout: likewise.
-
-        Raises:
-            InvalidTokenError: the token is malformed or forged.
-            ArgumentError: an argument is out of its limits.
-
-        Example:
-            >>> session = gate.open(token)
-            >>> session["cart"] = "3 books"
-            >>> await session.save()
-            >>> session = await gate.open(token, names=["cart"]).load()
-            >>> session["cart"], session.subject
-            (b'3 books', 'alice')
-        """
-        opening = self._commands.opening(ttl, idle_timeout)
-        return AsyncSession(
-            self._commands, self._run, token, names=names, opening=opening, subject=subject
-        )
-
     @_as_in(SessionGate.touch)
     async def touch(self, token: str | bytes) -> None:
         return await self._run(self._commands.touch(token))
@@ -353,6 +314,45 @@ class AsyncSessionGate(Generic[In, Out]):
     @_as_in(SessionGate.pincr)
     async def pincr(self, token: str | bytes, name: str, by: int = 1) -> int:
         return await self._run(self._commands.pincr(token, name, by))
+
+    def open(
+        self,
+        token: str | bytes | None,
+        *,
+        names: Iterable[str] | None = None,
+        ttl: int | timedelta = DEFAULT_TTL,
+        subject: str | None = None,
+        idle_timeout: int | timedelta | None = None,
+    ) -> AsyncSession[In, Out]:
+        """The session as a mapping of its payloads, for an `async with` block.
+
+        As `SessionGate.open`, but that reading is awaited: `await session.load()`, once, brings the
+        payloads; to assign needs no reading. Leaving the block stores what it assigned, deleted or
+        changed in place.
+
+        Args:
+            token: as for `SessionGate.open`.
+            names: likewise.
+            ttl: likewise.
+            subject: likewise.
+            idle_timeout: likewise.
+
+        Raises:
+            InvalidTokenError: the token is malformed or forged.
+            ArgumentError: an argument is out of its limits.
+
+        Example:
+            >>> session = gate.open(token)
+            >>> session["cart"] = "3 books"
+            >>> await session.save()
+            >>> session = await gate.open(token, names=["cart"]).load()
+            >>> session["cart"], session.subject
+            (b'3 books', 'alice')
+        """
+        opening = self._commands.opening(ttl, idle_timeout)
+        return AsyncSession(
+            self._commands, self._run, token, names=names, opening=opening, subject=subject
+        )
 
     @_as_in(SessionGate.end)
     async def end(self, token: str | bytes, *, min_replicas: int | None = None) -> None:

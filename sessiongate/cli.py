@@ -11,6 +11,7 @@ from . import __version__
 from .connect import MEMORY_URL
 from .demo import Screen, demo, without_secrets
 from .errors import ConfigurationError
+from .sealing import new_sealing_key
 
 _OK = 0
 _FAILED = 1
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=lambda _: parser.print_help())
     commands = parser.add_subparsers(title="commands", metavar="command")
     _add_demo(commands)
+    _add_keygen(commands)
     return parser
 
 
@@ -78,6 +80,16 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "memory://; default: %(default)s",
     )
     command.set_defaults(run=lambda arguments: demo(arguments.url, Screen(sys.stdout)))
+
+
+def _add_keygen(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "keygen",
+        help="print a new sealing key",
+        description="Prints a new sealing key: 32 random bytes in 64 hexadecimal digits. Keep it "
+        "where your other secrets are.",
+    )
+    command.set_defaults(run=lambda _: Screen(sys.stdout).line(new_sealing_key()))
 
 
 def _fail(code: int, message: str) -> int:

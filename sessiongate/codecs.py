@@ -84,7 +84,7 @@ class BytesCodec:
         >>> gate = SessionGate.from_url("memory://", sign_key="k" * 32)
         >>> token = gate.start(300, {"user": "José"})
         >>> gate.pget(token, "user"), gate.pget(token, "user", as_=str)
-        (b'Jo\xc3\xa9', 'José')
+        (b'Jos\xc3\xa9', 'José')
     """
 
     def encode(self, value: Data, /) -> Data:

@@ -206,49 +206,6 @@ class SessionGate(Generic[In, Out]):
         """
         return self._run(self._commands.start(ttl, payloads, subject, idle_timeout, min_replicas))
 
-    def open(
-        self,
-        token: str | bytes | None,
-        *,
-        names: Iterable[str] | None = None,
-        ttl: int | timedelta = DEFAULT_TTL,
-        subject: str | None = None,
-        idle_timeout: int | timedelta | None = None,
-    ) -> Session[In, Out]:
-        """The session as a mapping of its payloads: for a `with` block, as a request has one.
-
-        Nothing is sent yet. The first read brings the payloads, in one round trip; leaving the
-        block stores what it assigned, deleted or changed in place, in one more, and nothing else.
-        An exception stores nothing.
-
-        Args:
-            token: as `start` or `renew` returned it; with None a session is started as soon as
-                something is to be stored, and `session.token` is then what to send to the client.
-            names: the payloads to read, each 1 to 200 bytes of UTF-8; all, if not given.
-            ttl: of a session that this starts, as for `start`; a day unless you say so.
-            subject: likewise.
-            idle_timeout: likewise.
-
-        Raises:
-            InvalidTokenError: the token is malformed or forged.
-            ArgumentError: an argument is out of its limits.
-
-        Example:
-            >>> with gate.open(token) as session:
-            ...     session["cart"] = "3 books"
-            >>> with gate.open(token, names=["cart"]) as session:
-            ...     session["cart"], session.subject
-            (b'3 books', 'alice')
-            >>> with gate.open(None) as session:
-            ...     session["lang"] = "en"
-            >>> session.token[:3]
-            'v1.'
-        """
-        opening = self._commands.opening(ttl, idle_timeout)
-        return Session(
-            self._commands, self._run, token, names=names, opening=opening, subject=subject
-        )
-
     def touch(self, token: str | bytes) -> None:
         """Use the session, so that its idle timeout begins anew, and do nothing else.
 
@@ -441,8 +398,10 @@ class SessionGate(Generic[In, Out]):
                 was sent.
 
         Example:
-            >>> gate.pget(token, "cart"), gate.pget(token, "lang", as_=str)
-            (b'[]', 'en')
+            >>> gate.pget(token, "cart")
+            b'[]'
+            >>> gate.pget(token, "lang", as_=str)
+            'en'
         """
         return self._run(self._commands.pget(token, name, as_))
 
@@ -571,6 +530,49 @@ class SessionGate(Generic[In, Out]):
             11
         """
         return self._run(self._commands.pincr(token, name, by))
+
+    def open(
+        self,
+        token: str | bytes | None,
+        *,
+        names: Iterable[str] | None = None,
+        ttl: int | timedelta = DEFAULT_TTL,
+        subject: str | None = None,
+        idle_timeout: int | timedelta | None = None,
+    ) -> Session[In, Out]:
+        """The session as a mapping of its payloads: for a `with` block, as a request has one.
+
+        Nothing is sent yet. The first read brings the payloads, in one round trip; leaving the
+        block stores what it assigned, deleted or changed in place, in one more, and nothing else.
+        An exception stores nothing.
+
+        Args:
+            token: as `start` or `renew` returned it; with None a session is started as soon as
+                something is to be stored, and `session.token` is then what to send to the client.
+            names: the payloads to read, each 1 to 200 bytes of UTF-8; all, if not given.
+            ttl: of a session that this starts, as for `start`; a day unless you say so.
+            subject: likewise.
+            idle_timeout: likewise.
+
+        Raises:
+            InvalidTokenError: the token is malformed or forged.
+            ArgumentError: an argument is out of its limits.
+
+        Example:
+            >>> with gate.open(token) as session:
+            ...     session["cart"] = "3 books"
+            >>> with gate.open(token, names=["cart"]) as session:
+            ...     session["cart"], session.subject
+            (b'3 books', 'alice')
+            >>> with gate.open(None) as session:
+            ...     session["lang"] = "en"
+            >>> session.token[:3]
+            'v1.'
+        """
+        opening = self._commands.opening(ttl, idle_timeout)
+        return Session(
+            self._commands, self._run, token, names=names, opening=opening, subject=subject
+        )
 
     def end(self, token: str | bytes, *, min_replicas: int | None = None) -> None:
         """End the session: it and all its payloads are gone.

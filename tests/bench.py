@@ -26,8 +26,9 @@ from secrets import token_hex
 from statistics import median
 from timeit import repeat
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import msgspec
 import redis
 from redis import Redis
 from redis import asyncio as redis_asyncio
@@ -36,9 +37,17 @@ from redis.connection import Connection, PythonRespSerializer
 from redis.utils import HIREDIS_AVAILABLE
 
 import sessiongate
-from sessiongate import AsyncSessionGate, InvalidTokenError, SessionGate
+from sessiongate import (
+    AsyncSessionGate,
+    Codec,
+    InvalidTokenError,
+    JSONCodec,
+    MsgpackCodec,
+    SessionGate,
+)
 from sessiongate.command import AnyCommand, Command
 from sessiongate.commands import Commands
+from sessiongate.sealing import SealingKeyRing
 from sessiongate.wire import new_echo, pack
 
 from .servers import Server, server_binaries
@@ -243,6 +252,112 @@ def lifetimes(bench: Bench) -> Iterator[Row]:
     ):
         parts = {f"{name}_us": rounds.median(name) for name in (kind, "plain")}
         yield Row(figure, rounds.ratio(kind, "plain"), goal, parts=parts)
+
+
+SEALING_KEY = "00112233445566778899aabbccddeeff" * 2
+SEALED = b"x" * 200
+CART = {"user": 4217, "name": "Jo Doe", "items": ["book", "pen"] * 8, "paid": False, "total": 17.5}
+
+
+def sealing(bench: Bench) -> Iterator[Row]:
+    """Storing and reading 200 bytes, sealed beside unsealed; and what sealing takes by itself."""
+    with on_cores(bench.server, shared=True), bench.client() as client:
+        plain = SessionGate(client, sign_key=SIGN_KEY)
+        sealed = SessionGate(client, sign_key=SIGN_KEY, sealing_key=SEALING_KEY)
+        calls: dict[str, Callable[[], object]] = {}
+        for kind, gate in ("plain", plain), ("sealed", sealed):
+            token = gate.start(TTL, {NAME: SEALED})
+            calls[kind] = partial(_stored_and_read, gate, token, SEALED)
+        rounds = in_turns({kind: timed(call) for kind, call in calls.items()}, bench.times(800))
+        ring = SealingKeyRing(SEALING_KEY)
+        owner, field_name = b"A" * 16, FIELD.encode()
+        stored = ring.seal(SEALED, owner, field_name)
+        alone = in_turns(
+            {
+                "seal": timed(lambda: ring.seal(SEALED, owner, field_name)),
+                "open": timed(lambda: ring.open(stored, owner, field_name)),
+            },
+            bench.times(200),
+        )
+    yield Row(
+        "pset and pget of 200 B, sealed / not",
+        rounds.ratio("sealed", "plain"),
+        goal=1.15,
+        parts={
+            "sealed_us": rounds.median("sealed"),
+            "plain_us": rounds.median("plain"),
+            "seal_us": alone.median("seal"),
+            "open_us": alone.median("open"),
+        },
+    )
+
+
+def _stored_and_read(gate: SessionGate[Any, Any], token: str, value: object) -> None:
+    gate.pset(token, NAME, value)
+    gate.pget(token, NAME)
+
+
+def encoding(bench: Bench) -> Iterator[Row]:
+    """A gate with a codec beside a gate of bytes whose caller calls the encoder himself."""
+    pack, unpack = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder().decode
+    by_hand: dict[str, tuple[Codec[Any, Any], Callable[[Any], bytes], Callable[[bytes], Any]]] = {
+        "JSON": (JSONCodec(), lambda value: json.dumps(value).encode(), json.loads),
+        "msgpack": (MsgpackCodec(), pack, unpack),
+    }
+    with on_cores(bench.server, shared=True), bench.client() as client:
+        bare = SessionGate(client, sign_key=SIGN_KEY)
+        for name, (codec, encode, decode) in by_hand.items():
+            gate = SessionGate(client, sign_key=SIGN_KEY, codec=codec)
+            token, other = gate.start(TTL, {NAME: CART}), bare.start(TTL, {NAME: encode(CART)})
+
+            def hand(
+                other: str = other,
+                encode: Callable[[Any], bytes] = encode,
+                decode: Callable[[bytes], Any] = decode,
+            ) -> None:
+                bare.pset(other, NAME, encode(CART))
+                decode(bare.pget(other, NAME))
+
+            rounds = in_turns(
+                {
+                    "codec": timed(partial(_stored_and_read, gate, token, CART)),
+                    "by_hand": timed(hand),
+                },
+                bench.times(400),
+            )
+            yield Row(
+                f"pset and pget through {name} / encoded by hand",
+                rounds.ratio("codec", "by_hand"),
+                goal=1.1,
+                parts={f"{kind}_us": rounds.median(kind) for kind in ("codec", "by_hand")},
+            )
+
+
+def handles(bench: Bench) -> Iterator[Row]:
+    """Requests of a block that reads two payloads and writes one, only reads, and does neither."""
+    with bench.client(connection_class=CountingConnection) as client:
+        gate = SessionGate(client, sign_key=SIGN_KEY, codec=JSONCodec())
+        token = gate.start(TTL, {"cart": [1], "user": "Ann"})
+
+        def reads_and_writes() -> None:
+            with gate.open(token) as session:
+                session["cart"].append(session["user"])
+
+        def reads() -> None:
+            with gate.open(token) as session:
+                _ = session["cart"], session["user"]
+
+        def does_nothing() -> None:
+            with gate.open(token):
+                pass
+
+        reads_and_writes()  # registers the scripts
+        blocks = ((reads_and_writes, 2), (reads, 1), (does_nothing, 0))
+        for block, goal in blocks:
+            before = CountingConnection.sent
+            block()
+            what = block.__name__.replace("_", " ")
+            yield Row(f"requests of a block that {what}", CountingConnection.sent - before, goal)
 
 
 def many_sessions(bench: Bench) -> Iterator[Row]:
@@ -686,6 +801,9 @@ FIGURES: Sequence[Callable[[Bench], Iterator[Row]]] = (
     calls,
     calls_to_another_core,
     pure_python_calls,
+    sealing,
+    encoding,
+    handles,
     lifetimes,
     many_sessions,
     async_calls,

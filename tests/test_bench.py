@@ -33,6 +33,10 @@ def test_the_bench_measures_every_figure(tmp_path: Path) -> None:
         "sessions, 10,000 of them expired",
         "subject, idle timeout, index: 10 a subject",
         "verifying a token",
+        "pset and pget of 200 B, sealed / not",
+        "pset and pget through JSON / encoded by hand",
+        "pset and pget through msgpack / encoded by hand",
+        "requests of a block that reads and writes",
         "memory of a session, no payload",
         "import sessiongate / import redis",
     ):

@@ -412,3 +412,16 @@ def test_as_a_process(way: str) -> None:
     )
     assert (bad.returncode, bad.stdout) == (1, "")
     assert bad.stderr.startswith(f"sessiongate: {NOBODY_THERE}: ")
+
+
+def test_keygen_prints_a_sealing_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each run prints one line, another key that a gate seals with, and nothing else."""
+    assert main(["keygen"]) == main(["keygen"]) == 0
+    output = capsys.readouterr()
+    first, second = output.out.splitlines()
+    assert first != second
+    assert output.err == ""
+    for key in first, second:
+        assert re.fullmatch("[0-9a-f]{64}", key)
+        gate = SessionGate.from_url("memory://", sign_key="k" * 32, sealing_key=key)
+        assert gate.pget(gate.start(300, {"user": "Ann"}), "user") == b"Ann"
