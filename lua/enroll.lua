@@ -13,7 +13,8 @@
 --   ARGV[6]     when it was started: 16 digits of microseconds since 1970, or '' for now
 --   ARGV[7]     generation of the new token
 --   ARGV[8]     fingerprint of the token of the session that is open, or ''
---   ARGV[9]     the id of that one, or ''
+--   ARGV[9]     the id of that one, or of the one that the new session is a copy of, which counts for no
+--               limit; or ''
 --   ARGV[10]    how many live sessions the subject may have, this one included; 0 for any number
 --   ARGV[11]    '1' if the oldest have to go for it, '0' if it is to be refused
 --   ARGV[12]    how many realms there are

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast
 from redis import exceptions as redis_errors
 
 from .command import Answer, Command, NotRun, Written
-from .errors import UnderReplicatedError
+from .errors import SessionGateError, UnderReplicatedError
 
 if TYPE_CHECKING:
     from .errors import Result
@@ -129,9 +129,10 @@ class Call(Generic[R]):
                 if unknown is not None and not lost(error):
                     # That this try did not run does not say that of those before.
                     raise unknown from error
-                raise error
-            # Not from where it arose: what is decoded there is for no log that shows variables.
-            raise error.with_traceback(None)
+            if isinstance(error, SessionGateError):
+                # Not from where it arose: what is decoded there is for no log that shows variables.
+                error.__traceback__ = None
+            raise error
         finally:
             del error, unknown  # they refer to this frame: they would keep each other
 

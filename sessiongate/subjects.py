@@ -75,6 +75,7 @@ class _Joining(NamedTuple):
     before: tuple[Trace, ...] = ()  # of what was written on other servers
     follow: "Callable[[Opening, _Drawn], Command[str]] | None" = None
     seal_for: str = ""  # the id that it is to have in the end, if another one
+    copy_of: str = ""  # the id of the session whose place it takes
     redraw: "Callable[[int], Command[str]] | None" = None  # what to do if the id is taken
 
 
@@ -305,7 +306,9 @@ class Subjects:
         entries: Sequence[bytes] = (),
         looks: int = _MAX_LOOKS,
     ) -> Command[str]:
-        _, index_key, opening, source, _, limit, replicas, before, follow, _, redraw = joining
+        _, index_key, opening, source, _, limit, replicas, before, follow, _, copy_of, redraw = (
+            joining
+        )
         keys: tuple[bytes, ...] = (
             self._keyspace.session_key(drawn.session_id),
             index_key,
@@ -323,7 +326,7 @@ class Subjects:
             opening.started,
             b"%d" % joining.generation,
             source.fingerprint if source else b"",
-            source.session_id.encode() if source else b"",
+            (source.session_id if source else copy_of).encode(),
             limit,
             self._evicts,
             b"%d" % len(subs),
@@ -408,7 +411,12 @@ class Subjects:
                 opening = opening._replace(fields=(*opening.fields, *_PENDING))
                 limit = b"0"
             copying = joining._replace(
-                opening=opening, source=None, limit=limit, follow=follow, seal_for=final
+                opening=opening,
+                source=None,
+                limit=limit,
+                follow=follow,
+                seal_for=final,
+                copy_of=source.session_id,
             )
             return self._join(copying)
 
