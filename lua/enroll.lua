@@ -13,29 +13,33 @@
 --   ARGV[6]     when it was started: 16 digits of microseconds since 1970, or '' for now
 --   ARGV[7]     generation of the new token
 --   ARGV[8]     fingerprint of the token of the session that is open, or ''
---   ARGV[9]     the id of that one, or of the one that the new session is a copy of, which counts for no
---               limit; or ''
+--   ARGV[9]     the id of that one, or ''
 --   ARGV[10]    how many live sessions the subject may have, this one included; 0 for any number
 --   ARGV[11]    '1' if the oldest have to go for it, '0' if it is to be refused
 --   ARGV[12]    how many realms there are
 --   ARGV[13]    how many sessions were listed
 --   ARGV[14]    how many payloads there are
---   ARGV[15..]  each realm .. the subject, the new session's first; then the index entry of each
---               session that was listed; then payload field, its data, and so on
+--   ARGV[15]    how many payloads the session that is open has, if they are to be replaced, or ''
+--   ARGV[16..]  each realm .. the subject, the new session's first; then the index entry of each
+--               session that was listed; then payload field, its data, and so on; then of each payload
+--               that is to be replaced its field, what stands there and what is to stand there
 --   ARGV[last]  echo, behind every reply
 -- Returns echo; or, if it has to know which sessions of the index are live, the index entry of each, 32
--- bytes, .. echo, and nothing was done. Errors: IDTAKEN, NOSESSION, TOOMANY,
--- INCOMPLETE.
+-- bytes, .. echo, and nothing was done. Errors: IDTAKEN, NOSESSION, TOOMANY, CHANGED (the session has
+-- other payloads than those to be replaced), INCOMPLETE.
 local echo, successor, ttl, idle = ARGV[#ARGV], ARGV[1], tonumber(ARGV[2]), ARGV[4]
 local tries, again = KEYS[3], ARGV[3]
 local new, index, id, started, generation = KEYS[1], KEYS[2], ARGV[5], ARGV[6], ARGV[7]
 local session, fingerprint, session_id = nil, ARGV[8], ARGV[9]
 local limit, evicts = tonumber(ARGV[10]), ARGV[11]
 local realms, listed, payloads = tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
+local replaced = tonumber(ARGV[15])
+local fields = 16 + realms + listed
+local replacements = fields + 2 * payloads
 local grows = true -- whether it may take memory
 
 -- If the network lost a digit of how many words there are, the last ones are missing.
-if #ARGV ~= 15 + realms + listed + 2 * payloads then
+if #ARGV ~= replacements + 3 * (replaced or 0) then
   return redis.error_reply('INCOMPLETE ' .. echo)
 end
 
@@ -91,6 +95,18 @@ if fingerprint ~= '' then
   started = string.sub(own, 17, 32)
   ends = tonumber(string.sub(own, 33, 45)) or now + redis.call('PTTL', session)
   own = successor .. string.sub(own, 17)
+  if replaced then
+    local expected, same, held = {}, 0, redis.call('HGETALL', session)
+    for i = replacements, #ARGV - 1, 3 do expected[ARGV[i]] = ARGV[i + 1] end
+    for i = 1, #held, 2 do
+      local kind, data = string.sub(held[i], 1, 1), held[i + 1]
+      if kind == ':' or kind == ';' and now < (tonumber(string.sub(data, 1, 13)) or 0) then
+        if expected[held[i]] ~= data then return redis.error_reply('CHANGED ' .. echo) end
+        same = same + 1
+      end
+    end
+    if same ~= replaced then return redis.error_reply('CHANGED ' .. echo) end
+  end
 else
   if started == '' then started = string.format('%010.0f%06.0f', time[1], time[2]) end
   ends = now + ttl * 1000
@@ -113,9 +129,9 @@ while due <= count do due = due * 2 end
 due = listed == 0 and due == count + 1 and due <= 131072
 if full or due or listed > 0 then
   local keys, first = {}, #KEYS - listed
-  for i = 1, listed do keys[ARGV[14 + realms + i]] = KEYS[first + i] end
+  for i = 1, listed do keys[ARGV[15 + realms + i]] = KEYS[first + i] end
   local ours, entries, unknown = {}, redis.call('ZRANGEBYSCORE', index, since, '+inf'), 0
-  for i = 15, 14 + realms do ours[ARGV[i]] = true end
+  for i = 16, 15 + realms do ours[ARGV[i]] = true end
   for _, entry in ipairs(entries) do
     if string.sub(entry, 17) ~= session_id then
       local held = keys[entry] and redis.call('HMGET', keys[entry], 'sub', 'pending')
@@ -152,19 +168,19 @@ if session then
     redis.call('ZREM', index, entry)
     return redis.error_reply((written and written.err or 'NOSESSION') .. ' ' .. echo)
   end
-  redis.call('HSET', new, 'fp', own, 'sub', ARGV[15])
+  redis.call('HSET', new, 'fp', own, 'sub', ARGV[16])
   redis.call('HDEL', new, 'old', 'pending')
   redis.call('ZREM', index, started .. session_id)
 else
-  written = redis.pcall('HSET', new, 'fp', own, 'sub', ARGV[15])
+  written = redis.pcall('HSET', new, 'fp', own, 'sub', ARGV[16])
   if written ~= 2 then
     redis.call('ZREM', index, entry)
     return redis.error_reply(written.err .. ' ' .. echo)
   end
 end
 if generation ~= '0' then redis.call('HSET', new, 'gen', generation) end
-local fields = 15 + realms + listed
-for i = fields, #ARGV - 1, 2 do redis.call('HSET', new, ARGV[i], ARGV[i + 1]) end
+for i = fields, replacements - 1, 2 do redis.call('HSET', new, ARGV[i], ARGV[i + 1]) end
+for i = replacements, #ARGV - 1, 3 do redis.call('HSET', new, ARGV[i], ARGV[i + 2]) end
 if not session then
   -- Last: if this end has come by now, nothing may be written after it.
   local first = ends
@@ -174,7 +190,7 @@ if not session then
     redis.call('ZREM', index, entry)
     if redis.pcall('UNLINK', new) ~= 1 then
       redis.pcall('HDEL', new, 'fp', 'sub', 'gen')
-      for i = fields, #ARGV - 1, 2 do redis.pcall('HDEL', new, ARGV[i]) end
+      for i = fields, replacements - 1, 2 do redis.pcall('HDEL', new, ARGV[i]) end
     end
     return redis.error_reply(expires.err .. ' ' .. echo)
   end

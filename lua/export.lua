@@ -58,10 +58,10 @@ local list = {
 }
 local held = redis.call('HGETALL', session)
 for i = 1, #held, 2 do
-  local kind = string.sub(held[i], 1, 1)
-  if kind == ':' or kind == ';' then
+  local kind, data = string.sub(held[i], 1, 1), held[i + 1]
+  if kind == ':' or kind == ';' and now < (tonumber(string.sub(data, 1, 13)) or 0) then
     list[#list + 1] = item(held[i])
-    list[#list + 1] = item(held[i + 1])
+    list[#list + 1] = item(data)
   end
 end
 if taker ~= '' then

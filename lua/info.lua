@@ -60,7 +60,7 @@ local function facts_and_sizes(session, own, now)
       size = redis.call('HSTRLEN', session, field)
     elseif kind == ';' then
       local timed = redis.call('HGET', session, field)
-      if now < tonumber(string.sub(timed, 1, 13)) then size = #timed - 13 end
+      if now < (tonumber(string.sub(timed, 1, 13)) or 0) then size = #timed - 13 end
     end
     if size then
       told[#told + 1] = item(name)

@@ -4,8 +4,8 @@
 --   ARGV[2]     how many payloads are asked for, or '' for all
 --   ARGV[3..]   their fields
 --   ARGV[last]  echo, behind every reply
--- Returns a list .. echo: what `info` returns before the payloads; then of each payload that is there its
--- name, then its data. Errors: NOSESSION, INCOMPLETE.
+-- Returns a list .. echo: what `info` returns before the payloads; then of each payload that is there
+-- its name, then its data. Errors: NOSESSION, INCOMPLETE.
 local session, echo, fingerprint = KEYS[1], ARGV[#ARGV], ARGV[1]
 local grows = false -- whether it may take memory
 
@@ -60,7 +60,7 @@ local function timed_payload(name)
   local timed = redis.call('HGET', session, ';' .. name)
   if not timed then return nil end
   local time = redis.call('TIME')
-  local live = time[1] * 1000 + math.floor(time[2] / 1000) < tonumber(string.sub(timed, 1, 13))
+  local live = time[1] * 1000 + math.floor(time[2] / 1000) < (tonumber(string.sub(timed, 1, 13)) or 0)
   return live and string.sub(timed, 14) or nil
 end
 
@@ -78,7 +78,7 @@ end
 local held = ARGV[2] == '' and redis.call('HGETALL', session) or {}
 for i = 1, #held, 2 do
   local kind, data = string.sub(held[i], 1, 1), held[i + 1]
-  if kind == ';' and now < tonumber(string.sub(data, 1, 13)) then
+  if kind == ';' and now < (tonumber(string.sub(data, 1, 13)) or 0) then
     kind, data = ':', string.sub(data, 14)
   end
   if kind == ':' then

@@ -43,7 +43,7 @@ local list = {}
 local held = redis.call('HGETALL', session)
 for i = 1, #held, 2 do
   local kind, data = string.sub(held[i], 1, 1), held[i + 1]
-  if kind == ';' and now < tonumber(string.sub(data, 1, 13)) then
+  if kind == ';' and now < (tonumber(string.sub(data, 1, 13)) or 0) then
     kind, data = ':', string.sub(data, 14)
   end
   if kind == ':' then

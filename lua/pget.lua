@@ -42,7 +42,7 @@ local function timed_payload(name)
   local timed = redis.call('HGET', session, ';' .. name)
   if not timed then return nil end
   local time = redis.call('TIME')
-  local live = time[1] * 1000 + math.floor(time[2] / 1000) < tonumber(string.sub(timed, 1, 13))
+  local live = time[1] * 1000 + math.floor(time[2] / 1000) < (tonumber(string.sub(timed, 1, 13)) or 0)
   return live and string.sub(timed, 14) or nil
 end
 

@@ -7,7 +7,7 @@
 --   ARGV[last]  echo, behind every reply
 -- Returns echo. Errors: NOSESSION, INCOMPLETE.
 local session, echo, fingerprint = KEYS[1], ARGV[#ARGV], ARGV[1]
-local stored, deleted = 2 * tonumber(ARGV[2]), tonumber(ARGV[3])
+local stored, deleted = 2 * (tonumber(ARGV[2]) or 0), tonumber(ARGV[3]) or 0
 local grows = stored > 0 -- whether it may take memory
 
 -- If the network lost a digit of how many words there are, the last ones are missing.

@@ -280,10 +280,10 @@ class AsyncSessionGate(Generic[In, Out]):
     async def pget(self, token: str | bytes, name: str, *, as_: type[T]) -> T: ...
 
     @overload
-    async def pget(self, token: str | bytes, name: str, *, as_: Any) -> Any: ...
+    async def pget(self, token: str | bytes, name: str, *, as_: object) -> Any: ...
 
     @_as_in(SessionGate.pget)
-    async def pget(self, token: str | bytes, name: str, *, as_: Any = None) -> Any:
+    async def pget(self, token: str | bytes, name: str, *, as_: object = None) -> object:
         return await self._run(self._commands.pget(token, name, as_))
 
     @_as_in(SessionGate.pget_many)
@@ -305,10 +305,10 @@ class AsyncSessionGate(Generic[In, Out]):
     async def ppop(self, token: str | bytes, name: str, *, as_: type[T]) -> T: ...
 
     @overload
-    async def ppop(self, token: str | bytes, name: str, *, as_: Any) -> Any: ...
+    async def ppop(self, token: str | bytes, name: str, *, as_: object) -> Any: ...
 
     @_as_in(SessionGate.ppop)
-    async def ppop(self, token: str | bytes, name: str, *, as_: Any = None) -> Any:
+    async def ppop(self, token: str | bytes, name: str, *, as_: object = None) -> object:
         return await self._run(self._commands.ppop(token, name, as_))
 
     @_as_in(SessionGate.pincr)

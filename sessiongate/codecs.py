@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from .arguments import Data
@@ -67,7 +68,7 @@ class Codec(Protocol[In_contra, Out_co]):
 class TypedCodec(Protocol):
     """What a codec does besides for `as_`; without, a gate refuses that argument."""
 
-    def decoder(self, as_: Any, /) -> Callable[[bytes], Any]:
+    def decoder(self, as_: object, /) -> Callable[[bytes], object]:
         """What decodes into that type, and raises if the data is of another one.
 
         It is asked before anything is sent; a type that it does not know is an ArgumentError.
@@ -106,7 +107,7 @@ class BytesCodec:
         """
         return data
 
-    def decoder(self, as_: Any, /) -> Callable[[bytes], Any]:
+    def decoder(self, as_: object, /) -> Callable[[bytes], object]:
         """What decodes into `bytes` or `str`.
 
         Raises:
@@ -186,7 +187,7 @@ class JSONCodec:
         """
         return self._decode(data.decode())
 
-    def decoder(self, as_: Any, /) -> Callable[[bytes], Any]:
+    def decoder(self, as_: object, /) -> Callable[[bytes], object]:
         """What decodes into that type and validates.
 
         Raises:
@@ -241,13 +242,16 @@ class MsgpackCodec:
         if type(value) is int and -(2**63) <= value < 2**63:
             return b"%d" % value
         try:
-            return self._encode(value)
+            data = self._encode(value)
         except (TypeError, OverflowError) as error:
             reason = str(error)  # names types alone
         except ValueError:
             reason = "MessagePack has no text with a lone surrogate and nothing so big"
         except RecursionError:
             reason = "it is nested too deep, or holds itself"
+        else:
+            # A number all the same, as the member of an enum is.
+            return b"%d" % data[0] if len(data) == 1 and data in _NUMBER_STARTS else data
         raise ArgumentError(reason)
 
     def decode(self, data: bytes, /) -> Any:
@@ -259,7 +263,7 @@ class MsgpackCodec:
         """
         return _number(data) if data[0] in _NUMBER_STARTS else self._decode(data)
 
-    def decoder(self, as_: Any, /) -> Callable[[bytes], Any]:
+    def decoder(self, as_: object, /) -> Callable[[bytes], object]:
         """What decodes into that type and validates.
 
         Raises:
@@ -316,7 +320,7 @@ def _cached(
     try:
         hash(as_)
     except TypeError:
-        return make(as_)
+        cached = make
     return cached(as_)
 
 
@@ -341,10 +345,16 @@ def _msgpack_decoder(as_: Any) -> Callable[[bytes], Any]:
 
 
 def _decoder_of(kind: Any, as_: Any) -> Callable[[bytes], Any]:
+    inspect = import_module("msgspec.inspect")
     try:
         decode: Callable[[bytes], Any] = kind(as_).decode
-    except (TypeError, ValueError, NameError) as error:
-        reason = str(error)
-    else:
-        return decode
-    raise ArgumentError(f"as_ is a type that msgspec can decode into: {reason}")
+        known = not isinstance(inspect.type_info(as_), inspect.CustomType)
+    except (TypeError, ValueError, NameError):
+        known = False
+    if not known:
+        # What msgspec says may show `as_`, which may be a value by mistake.
+        raise ArgumentError(
+            "as_ is a type that msgspec decodes into, as a struct, a dataclass or list[int]: "
+            "msgspec.inspect.type_info(as_) may tell why this one is none"
+        )
+    return decode

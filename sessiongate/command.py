@@ -21,7 +21,16 @@ R = TypeVar("R")
 
 # The errors that the scripts raise themselves.
 CODES = frozenset(
-    {"IDTAKEN", "NOSESSION", "NOPAYLOAD", "CONFLICT", "NOCOUNTER", "OVERFLOW", "TOOMANY"}
+    {
+        "IDTAKEN",
+        "NOSESSION",
+        "NOPAYLOAD",
+        "CONFLICT",
+        "CHANGED",
+        "NOCOUNTER",
+        "OVERFLOW",
+        "TOOMANY",
+    }
 )
 
 
@@ -111,7 +120,7 @@ class Command(NamedTuple, Generic[R]):
                 raise SessionNotFoundError(self.session_id, of_subject=of_subject)
             case "NOPAYLOAD":
                 raise PayloadNotFoundError(self.payload)
-            case "CONFLICT":
+            case "CONFLICT" | "CHANGED":
                 raise PayloadConflictError(self.payload)
             case "NOCOUNTER":
                 raise PayloadTypeError(self.payload)

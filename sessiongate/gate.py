@@ -374,9 +374,9 @@ class SessionGate(Generic[In, Out]):
     def pget(self, token: str | bytes, name: str, *, as_: type[T]) -> T: ...
 
     @overload
-    def pget(self, token: str | bytes, name: str, *, as_: Any) -> Any: ...
+    def pget(self, token: str | bytes, name: str, *, as_: object) -> Any: ...
 
-    def pget(self, token: str | bytes, name: str, *, as_: Any = None) -> Any:
+    def pget(self, token: str | bytes, name: str, *, as_: object = None) -> object:
         """Read one payload.
 
         Args:
@@ -474,9 +474,9 @@ class SessionGate(Generic[In, Out]):
     def ppop(self, token: str | bytes, name: str, *, as_: type[T]) -> T: ...
 
     @overload
-    def ppop(self, token: str | bytes, name: str, *, as_: Any) -> Any: ...
+    def ppop(self, token: str | bytes, name: str, *, as_: object) -> Any: ...
 
-    def ppop(self, token: str | bytes, name: str, *, as_: Any = None) -> Any:
+    def ppop(self, token: str | bytes, name: str, *, as_: object = None) -> object:
         """Read one payload and delete it: for flash messages and one-time codes.
 
         Of several callers at once exactly one gets it.

@@ -7,11 +7,11 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapp
 from dataclasses import replace
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar, cast, overload
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast, overload
 
 from . import answers
 from .answers import SessionInfo
-from .arguments import field_arg, names_arg
+from .arguments import field_arg, grace_arg, names_arg, subject_arg
 from .codecs import In, Out, T
 from .command import Command
 from .commands import Commands
@@ -74,6 +74,19 @@ class _Payload:
         self.as_: Any = None
 
 
+class _Changes(NamedTuple):
+    """What a write stores: of each payload its data; and what it deletes: by name its field."""
+
+    stored: dict[str, tuple[_Payload, bytes]]
+    deleted: dict[str, bytes]
+
+    def __repr__(self) -> str:
+        return "<_Changes>"
+
+
+_NO_CHANGES = _Changes({}, {})
+
+
 class _Handle(MutableMapping[str, Out], Generic[In, Out]):
     """What both kinds of handle are, but for running commands."""
 
@@ -91,13 +104,15 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         self._token = token.decode() if isinstance(token, bytes) else token
         self._fields = None if names is None else names_arg(names)
         self._opening = opening
+        if subject is not None:
+            subject_arg(subject)
         self._subject = subject
         self._info: SessionInfo | None = None
         self._payloads: dict[str, _Payload] = {}
         self._deleted: dict[str, bytes] = {}
         # The names of what Redis has; None if that is not known yet.
         self._there: set[str] | None = set() if token is None else None
-        self._is_over = self._is_ended = False
+        self._is_entered = self._is_over = self._is_ended = False
 
     def __repr__(self) -> str:
         known = "ended" if self._is_ended else self._id or "not started"
@@ -126,7 +141,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
     @property
     def expires_at(self) -> datetime | None:
         """When the session ends at the latest, as it was read; None if it is not started."""
-        if self._there is None or (self._info is None and self._token):
+        if self._is_unread():
             self._fetch()
         return self._info.expires_at if self._info else None
 
@@ -146,9 +161,9 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
     def get(self, name: str, default: D, *, as_: type[T]) -> T | D: ...
 
     @overload
-    def get(self, name: str, default: Any = None, *, as_: Any) -> Any: ...
+    def get(self, name: str, default: object = None, *, as_: object) -> Any: ...
 
-    def get(self, name: str, default: Any = None, *, as_: Any = None) -> Any:
+    def get(self, name: str, default: object = None, *, as_: object = None) -> object:
         """The payload of that name, or the default if there is none.
 
         Args:
@@ -175,7 +190,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         self._check_writable()
         payload = self._find(name)
         del self._payloads[name]
-        if self._there is None or name in self._there:
+        if self._there is None or self._fields is not None or name in self._there:
             self._deleted[name] = payload.field
 
     def __contains__(self, name: object) -> bool:
@@ -201,6 +216,16 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         """Delete all payloads: of those that were to be read, if they were named."""
         for name in self:
             del self[name]
+
+    def _enter(self) -> None:
+        self._check_writable()
+        if self._is_entered:
+            raise HandleError("the handle was entered already: one block has one, from open(token)")
+        self._is_entered = True
+
+    def _is_unread(self) -> bool:
+        """Whether there is something of the session to read."""
+        return self._there is None or (self._info is None and self._token is not None)
 
     def _fetch(self) -> None:
         """Read the session now, or say that it has to be read first."""
@@ -235,18 +260,25 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
 
     def _value(self, name: str, as_: Any) -> Any:
         payload, values = self._find(name), self._commands.values
+        if payload.value is not _UNKNOWN and (
+            as_ is None or payload.as_ == as_ or type(payload.value) is as_
+        ):
+            return payload.value
+        value = decoded(values.decoder(as_), self._data(name, payload), name)
+        if values.is_bytes and as_ is not None:
+            return value  # nothing in it can be changed
+        payload.value, payload.as_ = value, as_
+        return value
+
+    def _data(self, name: str, payload: _Payload) -> bytes:
+        """The data of a payload, as it is to be stored."""
         if payload.stored is not None:
-            payload.data = values.opened(payload.owner, payload.field, payload.stored)
+            opened = self._commands.values.opened
+            payload.data = opened(payload.owner, payload.field, payload.stored)
             payload.stored = None
-        if payload.value is _UNKNOWN:
-            assert payload.data is not None  # noqa: S101  # it was read, or it had a value
-            payload.value = decoded(values.decoder(as_), payload.data, name)
-            payload.as_ = as_
-        elif as_ is not None and payload.as_ != as_ and type(payload.value) is not as_:
-            decode = values.decoder(as_)
-            payload.value = decoded(decode, values.encoded(payload.value, name), name)
-            payload.as_ = as_
-        return payload.value
+        changed = self._change(name, payload)
+        # The value may have defaults that the data has not: that is no change.
+        return changed if changed is not None else payload.data or b""
 
     # What to send, and what to make of the answers.
 
@@ -263,25 +295,27 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
             if name not in self._payloads and name not in self._deleted:
                 self._payloads[name] = _Payload(b":" + raw, self._info.id, data)
 
-    def _writing(self) -> "tuple[Command[Any], dict[str, bytes]] | None":
-        """What stores all changes, and their data by name; None if there is nothing to store."""
-        changes = {}
-        for name, payload in self._payloads.items():
-            data = self._change(name, payload)
-            if data is not None:
-                changes[name] = data
+    def _writing(self, subject: str | None = None) -> tuple[Command[Any], _Changes] | None:
+        """What stores all changes, and these; None if there is nothing to store."""
+        stored = {
+            name: (payload, data)
+            for name, payload in self._payloads.items()
+            if (data := self._change(name, payload)) is not None
+        }
+        changes = _Changes(stored, dict(self._deleted))
         fields = tuple(
-            word for name, data in changes.items() for word in (self._payloads[name].field, data)
+            [word for payload, data in stored.values() for word in (payload.field, data)]
         )
-        if self._token is not None:
-            if not changes and not self._deleted:
-                return None
-            deleted = tuple(self._deleted.values())
-            return self._commands.change(self._token, fields, deleted), changes
-        return (self._starting(fields), changes) if changes else None
+        if self._token is None:
+            return (self._starting(fields, subject), changes) if stored else None
+        if not stored and not changes.deleted:
+            return None
+        deleted = tuple(changes.deleted.values())
+        return self._commands.change(self._token, fields, deleted), changes
 
-    def _starting(self, fields: tuple[bytes, ...]) -> Command[str]:
-        return self._commands.begin(self._opening._replace(fields=fields), self._subject)
+    def _starting(self, fields: tuple[bytes, ...], subject: str | None) -> Command[str]:
+        opening = self._opening._replace(fields=fields)
+        return self._commands.begin(opening, self._subject if subject is None else subject)
 
     def _change(self, name: str, payload: _Payload) -> bytes | None:
         """The data of a payload that was assigned or changed in place."""
@@ -295,37 +329,42 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
             return data
         return None if values.are_same(payload.data, data, name, payload.as_) else data
 
-    def _was_written(self, changes: dict[str, bytes], token: str | None) -> None:
+    def _was_written(self, changes: _Changes, token: str | None) -> None:
+        # Under asyncio another task may have gone on meanwhile: what it did is still to be stored.
+        for name, field in changes.deleted.items():
+            if self._deleted.get(name) == field:
+                del self._deleted[name]
+        for name, (payload, data) in changes.stored.items():
+            payload.data = data
+            if name not in self._payloads:
+                self._deleted[name] = payload.field
         if self._there is not None:
-            self._there |= changes.keys()
-            self._there -= self._deleted.keys()
-        self._deleted = {}
-        for name, data in changes.items():
-            self._payloads[name].data = data
+            self._there -= changes.deleted.keys()
+            self._there |= changes.stored.keys()
         if token is not None:
             self._has_token(token)
             self._fields = None  # it was started here: all that it holds is known
 
     def _renewing(
         self, grace: "int | timedelta | None", subject: str | None
-    ) -> "tuple[Command[str], dict[str, bytes]] | None":
+    ) -> tuple[Command[str], _Changes] | None:
         """What renews the token; for a session that is not started, what starts the subject's."""
         if self._is_ended:
             self._check_writable()
         if self._token is not None:
-            return self._commands.renew(self._token, grace, subject), {}
+            return self._commands.renew(self._token, grace, subject), _NO_CHANGES
+        grace_arg(grace, subject)
         if subject is None:
             return None
-        self._subject = subject
-        return self._writing() or (self._starting(()), {})
+        return self._writing(subject) or (self._starting((), subject), _NO_CHANGES)
 
-    def _was_renewed(self, subject: str | None, changes: dict[str, bytes], token: str) -> None:
+    def _was_renewed(self, subject: str | None, changes: _Changes, token: str) -> None:
+        if subject is not None:
+            self._subject = subject
         if self._token is None:
             self._was_written(changes, token)
             return
         self._has_token(token)
-        if subject is not None:
-            self._subject = subject
         if self._info is not None:
             self._info = replace(self._info, id=self._id or "", subject=self._subject)
 
@@ -382,7 +421,7 @@ class Session(_Handle[In, Out]):
             >>> sorted(gate.open(session.token).load())
             ['cart']
         """
-        if self._there is None:
+        if self._is_unread():
             self._fetch()
         return self
 
@@ -443,7 +482,7 @@ class Session(_Handle[In, Out]):
         self._was_ended()
 
     def __enter__(self) -> Self:
-        self._check_writable()
+        self._enter()
         return self
 
     def __exit__(
@@ -507,7 +546,7 @@ class AsyncSession(_Handle[In, Out]):
             >>> session.get("nothing"), list(session)
             (None, ['cart'])
         """
-        if self._there is None:
+        if self._is_unread():
             self._was_read(await self._run(self._reading()))
         return self
 
@@ -562,7 +601,7 @@ class AsyncSession(_Handle[In, Out]):
         self._was_ended()
 
     async def __aenter__(self) -> Self:
-        self._check_writable()
+        self._enter()
         return self
 
     async def __aexit__(

@@ -105,6 +105,7 @@ class SealingKeyRing:
         accept_unsealed: bool = False,
         random: Callable[[int], bytes] = os.urandom,
     ) -> None:
+        self._keys: dict[bytes, bytes] = {}  # so that it has a repr, whatever happens
         keys = [sealing_key] if isinstance(sealing_key, str | bytes) else sealing_key
         if not isinstance(keys, Sequence) or isinstance(keys, bytearray | memoryview):
             raise ConfigurationError(
@@ -174,7 +175,8 @@ def _spellings(keys: SignKey | Sequence[SignKey]) -> set[bytes]:
     """The bytes of keys, and of those in hexadecimal digits what they stand for."""
     listed = [keys] if isinstance(keys, str | bytes) else keys
     raw = {key.encode() if isinstance(key, str) else key for key in listed}
-    return raw | {bytes.fromhex(key) for key in listed if isinstance(key, str) and _match_text(key)}
+    texts = [key.decode("latin-1") for key in raw]
+    return raw | {bytes.fromhex(text) for text in texts if _match_text(text)}
 
 
 def _derived(secret: bytes, purpose: bytes) -> bytes:

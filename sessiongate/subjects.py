@@ -6,6 +6,7 @@ one looks whether the list still holds.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from redis.exceptions import ClusterCrossSlotError
@@ -18,9 +19,9 @@ from .errors import (
     ArgumentError,
     ConfigurationError,
     IdTakenError,
+    PayloadConflictError,
     SessionGateError,
     SessionNotFoundError,
-    UnsealError,
 )
 from .keyspace import Keyspace, is_session_id, slot_of
 from .tokens import SignKeyRing
@@ -38,7 +39,7 @@ _MAX_LOOKS = 1000
 
 
 class Opening(NamedTuple):
-    """What a new session begins with; its payloads are not sealed yet."""
+    """What a new session begins with, its payloads not sealed yet; or what one holds, as it is."""
 
     ttl: bytes
     idle_timeout: bytes
@@ -73,23 +74,35 @@ class _Joining(NamedTuple):
     limit: bytes
     replicas: int
     before: tuple[Trace, ...] = ()  # of what was written on other servers
-    follow: "Callable[[Opening, _Drawn], Command[str]] | None" = None
+    follow: "Callable[[_Drawn], Command[str]] | None" = None
     seal_for: str = ""  # the id that it is to have in the end, if another one
-    copy_of: str = ""  # the id of the session whose place it takes
     redraw: "Callable[[int], Command[str]] | None" = None  # what to do if the id is taken
+    held: tuple[bytes, ...] | None = None  # what the source's payloads are, sealed for its own id
+    reread: "Callable[[], Command[str]] | None" = None  # what to do if they are not any more
+
+
+class _Payloads(NamedTuple):
+    """What a script gets of payloads: how many to store, how many to replace, and all of them."""
+
+    stored: bytes
+    replaced: bytes
+    words: tuple[bytes, ...]
+
+    def __repr__(self) -> str:
+        return "<_Payloads>"
 
 
 class _Drawn(NamedTuple):
     """What a session is to be called, and how many more may be drawn if there is one already.
 
-    `fields` are its payloads, as they are stored under that id.
+    `payloads` are what the script gets of them, for that id.
     """
 
     session_id: str
     token: str
     fingerprint: bytes
     left: int
-    fields: tuple[bytes, ...]
+    payloads: _Payloads
 
     def __repr__(self) -> str:
         # A traceback that shows local variables must not hand out the token.
@@ -156,7 +169,7 @@ class Subjects:
         index_key, generation = self.index_key(raw), source.generation + 1
         joining = _Joining(raw, index_key, _AS_IT_IS, source, generation, self._limit, replicas)
         if self._values.seals:
-            return self._copied(source, joining)  # what is sealed for one id opens under no other
+            return self._sealed_anew(source, joining)
         return self._join(joining)
 
     def sessions(self, subject: str) -> Command[list[SessionInfo]]:
@@ -296,7 +309,11 @@ class Subjects:
     def _drawn(self, session_id: str, joining: _Joining, draws: int) -> _Drawn:
         token, fingerprint = self._ring.sign(session_id, joining.generation)
         fields = self._values.sealed(joining.seal_for or session_id, joining.opening.fields)
-        return _Drawn(session_id, token, fingerprint, draws - 1, fields)
+        if joining.held is None:
+            payloads = _Payloads(counted(fields), b"", fields)
+        else:
+            payloads = _replacing(joining.held, fields)
+        return _Drawn(session_id, token, fingerprint, draws - 1, payloads)
 
     def _join_as(
         self,
@@ -306,12 +323,10 @@ class Subjects:
         entries: Sequence[bytes] = (),
         looks: int = _MAX_LOOKS,
     ) -> Command[str]:
-        _, index_key, opening, source, _, limit, replicas, before, follow, _, copy_of, redraw = (
-            joining
-        )
+        source, opening, follow = joining.source, joining.opening, joining.follow
         keys: tuple[bytes, ...] = (
             self._keyspace.session_key(drawn.session_id),
-            index_key,
+            joining.index_key,
             self._keyspace.tries_key(drawn.session_id),
         )
         if source:
@@ -326,22 +341,23 @@ class Subjects:
             opening.started,
             b"%d" % joining.generation,
             source.fingerprint if source else b"",
-            (source.session_id if source else copy_of).encode(),
-            limit,
+            source.session_id.encode() if source else b"",
+            joining.limit,
             self._evicts,
             b"%d" % len(subs),
             b"%d" % len(entries),
-            counted(drawn.fields),
+            drawn.payloads.stored,
+            drawn.payloads.replaced,
             *subs,
             *entries,
-            *drawn.fields,
+            *drawn.payloads.words,
         )
 
         def joined(answer: bytes) -> str | Command[str]:
             if is_empty(answer):
                 if follow:
-                    return follow(opening, drawn)
-                return waited_for(before, replicas, drawn.token)
+                    return follow(drawn)
+                return waited_for(joining.before, joining.replicas, drawn.token)
             if not looks:
                 raise _restless()
             return self._join_as(
@@ -353,9 +369,14 @@ class Subjects:
 
         def recover(_: Command[str], error: Exception) -> Command[str] | None:
             if isinstance(error, IdTakenError) and drawn.left:
-                return redraw(drawn.left) if redraw else self._join(joining, drawn.left)
+                redraw = joining.redraw or partial(self._join, joining)
+                return redraw(drawn.left)
+            if joining.reread and isinstance(error, PayloadConflictError):
+                return joining.reread()
             if source and isinstance(error, ClusterCrossSlotError):
-                return self._copied(source, joining)
+                return self._copied(
+                    source, joining._replace(opening=_AS_IT_IS, held=None, reread=None)
+                )
             return None
 
         session_id = source.session_id if source else drawn.session_id
@@ -368,22 +389,40 @@ class Subjects:
             session_id,
             repeat=told_again(2),
             recover=recover,
-            replicas=0 if follow else replicas,
+            replicas=0 if follow else joining.replicas,
             waits=is_empty,
         )
 
-    # Between two slots of a cluster, and where payloads have to be sealed anew: copy the session,
-    # take away the old one, and make up for what changed meanwhile. Whoever takes it has it; who
-    # comes too late ends the copy. Where another session has to go for it, the copy is pending
-    # until it was taken, and then adopted: before that it is not told of, counts for no limit, and
-    # nothing is evicted for it, nor is it. Its payloads are sealed for the id that it gets then.
+    # What is sealed for one id opens under no other: the payloads are read, and go back sealed for
+    # the new one, unless they changed in between.
+
+    def _sealed_anew(
+        self, source: Source, joining: _Joining, looks: int = _MAX_LOOKS
+    ) -> Command[str]:
+        def reread() -> Command[str]:
+            if not looks:
+                raise _restless()
+            return self._sealed_anew(source, joining, looks - 1)
+
+        def read(answer: bytes) -> Command[str]:
+            held = _opening(answer).fields
+            opening = _AS_IT_IS._replace(fields=self._values.unsealed(source.session_id, held))
+            return self._join(joining._replace(opening=opening, held=held, reread=reread))
+
+        return self._export(source, b"", read)
+
+    # Between two slots of a cluster: copy the session, take away the old one, and make up for what
+    # changed meanwhile. Whoever takes it has it; who comes too late ends the copy. Where another
+    # session has to go for it, the copy is pending until it was taken, and then adopted: before
+    # that it is not told of, counts for no limit, and nothing is evicted for it, nor is it. Its
+    # payloads are sealed for the id that it gets then.
 
     def _copied(self, source: Source, joining: _Joining) -> Command[str]:
         evicts = self._evicts == b"1" and joining.limit != b"0"
         final = self._new_id(joining) if evicts else ""
         old = Trace(self._keyspace.session_key(source.session_id), GONE)
 
-        def taken(drawn: _Drawn, fields: tuple[bytes, ...]) -> str | Command[str]:
+        def taken(drawn: _Drawn, held: tuple[bytes, ...]) -> str | Command[str]:
             if not evicts:
                 new = Trace(self._keyspace.session_key(drawn.session_id), drawn.fingerprint)
                 return waited_for((new, old), joining.replicas, drawn.token)
@@ -394,29 +433,27 @@ class Subjects:
 
             def redraw(draws: int) -> Command[str]:
                 another = self._new_id(joining)
-                then = adopt(another, draws)
-                return self._import(drawn, source, self._values.sealed(another, fields), then)
+                return self._import(drawn, source, another, held, adopt(another, draws))
 
             adopting = joining._replace(
                 opening=_AS_IT_IS, source=copied, before=(old,), redraw=redraw
             )
             return adopt(final, MAX_DRAWS)
 
-        def follow(opening: Opening, drawn: _Drawn) -> Command[str]:
-            return self._take(source, opening, drawn, final or drawn.session_id, taken)
-
         def read(answer: bytes) -> Command[str]:
-            opening, limit = self._opening(source, answer), joining.limit
-            if evicts:
-                opening = opening._replace(fields=(*opening.fields, *_PENDING))
-                limit = b"0"
+            opening = _opening(answer)
+            fields = self._values.unsealed(source.session_id, opening.fields)
+
+            def follow(drawn: _Drawn) -> Command[str]:
+                seal_for = final or drawn.session_id
+                return self._take(source, opening.fields, drawn, seal_for, taken)
+
             copying = joining._replace(
-                opening=opening,
+                opening=opening._replace(fields=(*fields, *_PENDING) if evicts else fields),
                 source=None,
-                limit=limit,
+                limit=b"0" if evicts else joining.limit,
                 follow=follow,
                 seal_for=final,
-                copy_of=source.session_id,
             )
             return self._join(copying)
 
@@ -425,40 +462,42 @@ class Subjects:
     def _take(
         self,
         source: Source,
-        opening: Opening,
+        copied: tuple[bytes, ...],
         drawn: _Drawn,
         seal_for: str,
         taken: Callable[[_Drawn, tuple[bytes, ...]], str | Command[str]],
     ) -> Command[str]:
         keys = (self._keyspace.session_key(drawn.session_id),)
 
+        def gone(_: bytes) -> str:
+            raise SessionNotFoundError(source.session_id)
+
         def read(answer: bytes) -> str | Command[str]:
-            fields = self._opening(source, answer).fields
-            then = taken(drawn, fields)
-            if _same(fields, opening.fields) or _same((*fields, *_PENDING), opening.fields):
-                return then
-            return self._import(drawn, source, self._values.sealed(seal_for, fields), then)
+            held = _opening(answer).fields
+            then = taken(drawn, held)
+            return (
+                then if _same(held, copied) else self._import(drawn, source, seal_for, held, then)
+            )
 
         def recover(_: Command[str], error: Exception) -> Command[str] | None:
             if isinstance(error, SessionNotFoundError):
-                why: SessionGateError = SessionNotFoundError(source.session_id)
-            elif isinstance(error, UnsealError):
-                why = UnsealError(error.name)
-            else:
-                return None
-
-            def gone(_: bytes) -> str:
-                raise why
-
-            args = (drawn.fingerprint, b"0")
-            return Command(scripts.END, keys, args, gone, source.session_id)
+                args = (drawn.fingerprint, b"0")
+                return Command(scripts.END, keys, args, gone, source.session_id)
+            return None
 
         return self._export(source, drawn.fingerprint, read)._replace(recover=recover)
 
     def _import(
-        self, drawn: _Drawn, source: Source, fields: tuple[bytes, ...], then: str | Command[str]
+        self,
+        drawn: _Drawn,
+        source: Source,
+        seal_for: str,
+        held: tuple[bytes, ...],
+        then: str | Command[str],
     ) -> Command[str]:
+        """Make the copy's payloads what the source held in the end."""
         keys = (self._keyspace.session_key(drawn.session_id),)
+        fields = self._values.moved(source.session_id, seal_for, held)
         args = (drawn.fingerprint, counted(fields), *fields)
         return Command(scripts.IMPORT, keys, args, lambda _: then, source.session_id)
 
@@ -469,10 +508,17 @@ class Subjects:
         args = (source.fingerprint, taker)
         return Command(scripts.EXPORT, keys, args, read, source.session_id, repeat=again)
 
-    def _opening(self, source: Source, answer: bytes) -> Opening:
-        started, ttl, idle_timeout, *fields = answers.items(answer)
-        unsealed = self._values.unsealed(source.session_id, tuple(fields))
-        return Opening(ttl, idle_timeout, unsealed, started)
+
+def _opening(answer: bytes) -> Opening:
+    started, ttl, idle_timeout, *fields = answers.items(answer)
+    return Opening(ttl, idle_timeout, tuple(fields), started)
+
+
+def _replacing(held: tuple[bytes, ...], fields: tuple[bytes, ...]) -> _Payloads:
+    """Of each payload its field, what stands there and what is to stand there."""
+    triples = zip(held[::2], held[1::2], fields[1::2], strict=True)
+    words = tuple([word for triple in triples for word in triple])
+    return _Payloads(b"0", b"%d" % (len(held) // 2), words)
 
 
 def _same(fields: tuple[bytes, ...], others: tuple[bytes, ...]) -> bool:

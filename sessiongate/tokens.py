@@ -29,6 +29,7 @@ class SignKeyRing:
     __slots__ = ("_macs", "realms")
 
     def __init__(self, sign_key: SignKey | Sequence[SignKey]) -> None:
+        self._macs: tuple[_Mac, ...] = ()  # so that it has a repr, whatever happens
         keys = [sign_key] if isinstance(sign_key, str | bytes) else sign_key
         if not isinstance(keys, Sequence) or isinstance(keys, bytearray | memoryview):
             raise ConfigurationError(

@@ -119,6 +119,22 @@ class Values(Generic[In, Out]):
         owner = session_id.encode()
         return _changed(fields, lambda stored, field: self._opened(stored, owner, field))
 
+    def moved(self, from_id: str, to_id: str, fields: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """What to store in another session of what one has stored.
+
+        What does not open there goes along as it is, and opens in the other one as little.
+        """
+        ring = self._ring
+        if ring is None:
+            return fields
+        old, new = from_id.encode(), to_id.encode()
+
+        def resealed(stored: bytes, field: bytes) -> bytes:
+            data = ring.open(stored, old, field)
+            return stored if data is None else ring.seal(data, new, field)
+
+        return _changed(fields, resealed)
+
     def stored(self, session_id: str, field: bytes, data: bytes) -> bytes:
         """What Redis gets of data."""
         return self._ring.seal(data, session_id.encode(), field) if self._ring else data

@@ -27,9 +27,11 @@ from sessiongate import (
     ConfigurationError,
     EventLoopError,
     GateClosedError,
+    HandleError,
     IdTakenError,
     MalformedTokenError,
     PayloadConflictError,
+    PayloadDecodeError,
     PayloadNotFoundError,
     PayloadOverflowError,
     PayloadTypeError,
@@ -38,6 +40,7 @@ from sessiongate import (
     SessionNotFoundError,
     TooManySessionsError,
     UnderReplicatedError,
+    UnsealError,
     WeakSignKeyWarning,
 )
 from sessiongate.arguments import data_arg, field_arg, payloads_arg, ttl_arg
@@ -159,13 +162,13 @@ def test_data_out_of_its_limits(gate: SessionGate, token: str, data: object) -> 
         gate.start(300, {"fine": "x", "user": data})  # type: ignore[dict-item]  # likewise
 
 
-def test_data_to_serialize_first() -> None:
+def test_data_that_needs_a_codec() -> None:
     """The error for an object as data names its payload and type, and says how to go on."""
     with pytest.raises(ArgumentError) as caught:
         data_arg({"x": 1}, "user")  # type: ignore[arg-type]  # what a type checker would refuse
     assert str(caught.value) == (
         "data of payload 'user' is bytes-like or a str, not dict: "
-        "serialize it first, as with json.dumps"
+        "for other types, give the gate a codec, as in codec=JSONCodec()"
     )
 
 
@@ -735,11 +738,14 @@ ERRORS: list[SessionGateError] = [
     PayloadConflictError("user"),
     PayloadTypeError("user"),
     PayloadOverflowError("user"),
+    PayloadDecodeError("user"),
+    UnsealError("user"),
     TooManySessionsError(),
     UnderReplicatedError(1, 2),
     ArgumentError("x"),
     ConfigurationError("x"),
     GateClosedError(),
+    HandleError("x"),
     EventLoopError(),
     IdTakenError(),
 ]

@@ -427,6 +427,11 @@ ONCE = [
         holds(user=b"new", count=b"0"),
     ),
     Case(
+        "pset_many with deletes",
+        lambda gate, token: gate.pset_many(token, {"user": "new"}, delete=["count"]),
+        holds(user=b"new"),
+    ),
+    Case(
         "pincr",
         lambda gate, token: gate.pincr(token, "count"),
         holds(42, user=b"John Doe", count=b"42"),

@@ -45,6 +45,8 @@ USES: dict[str, Use] = {
     "pset ttl 0": lambda gate, token: gate.pset(token, "user", "2", ttl=0),
     "pset_many": lambda gate, token: gate.pset_many(token, {"user": "2"}),
     "pset_many of none": lambda gate, token: gate.pset_many(token, {}),
+    "pset_many of deletes": lambda gate, token: gate.pset_many(token, {}, delete=["user"]),
+    "open": lambda gate, token: gate._run(gate._commands.open(token, None)),
     "pget": lambda gate, token: gate.pget(token, "user"),
     "pget_many": lambda gate, token: gate.pget_many(token, ["user"]),
     "pget_many of none": lambda gate, token: gate.pget_many(token, []),
@@ -310,7 +312,7 @@ def replicated(own_server: Server) -> Iterator[Replicated]:
         yield Replicated(own_server)
 
 
-READS = [name for name in USES if name.startswith(("touch", "info", "pget", "pall"))]
+READS = [name for name in USES if name.startswith(("touch", "info", "open", "pget", "pall"))]
 
 
 @one_gate

@@ -205,6 +205,11 @@ OPERATIONS: dict[str, Callable[[SessionGate, Scene], object]] = {
     "pset timed": lambda gate, scene: gate.pset(scene.session(), "user", "y", ttl=100),
     "pset gone": lambda gate, scene: gate.pset(scene.session(), "user", "y", ttl=0),
     "pset_many": lambda gate, scene: gate.pset_many(scene.timed(), {"user": "y", "new": "x"}),
+    "pset_many deletes": lambda gate, scene: gate.pset_many(scene.timed(), {}, delete=["user"]),
+    "open": lambda gate, scene: gate._run(commands_of(gate).open(scene.timed(), None)),
+    "open long unused": lambda gate, scene: gate._run(
+        commands_of(gate).open(scene.long_unused(), (b":user",))
+    ),
     "pget": lambda gate, scene: gate.pget(scene.session(), "user"),
     "pget timed": lambda gate, scene: gate.pget(scene.timed(), "user"),
     "pget long unused": lambda gate, scene: gate.pget(scene.long_unused(), "user"),

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from nacl import bindings
+from nacl.exceptions import CryptoError
 from redis import Redis, RedisCluster
 from redis.exceptions import ClusterCrossSlotError, ResponseError
 
@@ -32,6 +34,7 @@ from sessiongate import (
     SessionInfo,
     SessionNotFoundError,
     TooManySessionsError,
+    UnsealError,
     arguments,
     call,
     keyspace,
@@ -39,6 +42,7 @@ from sessiongate import (
 )
 from sessiongate.command import AnyCommand, Command
 from sessiongate.commands import Commands
+from sessiongate.sealing import SealingKeyRing, sealed_by, sealing_key_id
 from sessiongate.tokens import SignKeyRing
 from sessiongate.values import Values
 
@@ -116,12 +120,20 @@ class Info(NamedTuple):
     payloads: dict[str, int]
 
 
+class Opened(NamedTuple):
+    """What is told of a session, and data of its payloads."""
+
+    info: Info
+    payloads: dict[str, bytes]
+
+
 class Client:
     """All operations over a socket, on a server or on a cluster."""
 
     def __init__(self, port: int, *sign_keys: bytes) -> None:
         self.port = port
         self.sign_keys = sign_keys
+        self.sealing_key = b""  # by which it seals anew what moves, if it seals
         self.login: tuple[str, ...] = ()
         self.limit = 0
         self.evicts = True
@@ -184,6 +196,8 @@ class Client:
         if subject is None:
             return self.send_renew(token, grace, secrets.token_bytes(8))
         generation = self.verify(token).generation + 1
+        if self.sealing_key:
+            return self.move(token, subject)
         try:
             return self.enroll(subject, generation=generation, source=token)
         except RefusedError as error:
@@ -210,17 +224,39 @@ class Client:
         raise AssertionError("no sign key of the list signed the successor")
 
     def move(self, token: str, subject: str) -> str:
-        generation = self.verify(token).generation + 1
+        session_id, generation, _ = self.verify(token)
+        slot = slot_of(index_of(subject))
+        ids = [draw_in(slot) for _ in range(2 if self.limit and self.evicts else 1)]
         started, ttl, idle, *fields = self.export(token)
-        new = self.enroll(subject, ttl, idle, started, generation, fields=fields)
+        copied = self.sealed_anew(fields, session_id, ids[-1])
+        new = self.enroll(
+            *(subject, ttl, idle, started, generation + 1),
+            fields=copied,
+            session_id=ids[0],
+            copy_of=session_id,
+            pends=len(ids) > 1,
+        )
         try:
             last = self.export(token, self.verify(new).fingerprint)[3:]
         except RefusedError:
             self.end(new)
             raise
         if couples(last) != couples(fields):
-            self.import_fields(new, *last)
+            self.import_fields(new, *self.sealed_anew(last, session_id, ids[-1]))
+        for final in ids[1:]:
+            new = self.enroll(subject, generation=generation + 1, source=new, session_id=final)
         return new
+
+    def sealed_anew(self, fields: list[bytes], session_id: str, new_id: str) -> list[bytes]:
+        """What `export` returned, as it is stored under another id."""
+        if not self.sealing_key:
+            return fields
+        sealed = []
+        for held, stored in couples(fields).items():
+            name, digits = held[1:].decode(), 13 if held.startswith(b";") else 0
+            data = unseal(self.sealing_key, session_id, name, stored[digits:])
+            sealed += [held, stored[:digits] + seal(self.sealing_key, new_id, name, data)]
+        return sealed
 
     def export(self, token: str, taker: bytes = b"") -> list[bytes]:
         return items(self.ask("export", token, taker))
@@ -248,8 +284,11 @@ class Client:
         end = b"" if ttl is None else number(ttl)
         self.ask("pset_if", token, field(name), data, condition, expected, end)
 
-    def pset_many(self, token: str, payloads: dict[str, bytes]) -> None:
-        self.ask("pset_many", token, number(len(payloads)), *pairs(payloads))
+    def pset_many(
+        self, token: str, payloads: dict[str, bytes], delete: tuple[str, ...] = ()
+    ) -> None:
+        counts = number(len(payloads)), number(len(delete))
+        self.ask("pset_many", token, *counts, *pairs(payloads), *map(field, delete))
 
     def pget(self, token: str, name: str) -> bytes:
         return self.ask("pget", token, field(name))
@@ -259,6 +298,11 @@ class Client:
 
     def pall(self, token: str) -> dict[str, bytes]:
         return payloads_of(self.ask("pall", token))
+
+    def open(self, token: str, *names: str, all_of_them: bool = False) -> "Opened":
+        asked = b"" if all_of_them else number(len(names))
+        session_id = self.verify(token).session_id
+        return opened_of(session_id, self.ask("open", token, asked, *map(field, names)))
 
     def pdel(self, token: str, name: str) -> None:
         self.send_pdel(token, name, secrets.token_bytes(7))
@@ -284,10 +328,14 @@ class Client:
         *,
         source: str | None = None,
         fields: list[bytes] | None = None,
+        session_id: str = "",
+        copy_of: str = "",
+        pends: bool = False,
     ) -> str:
-        token = self.sign(draw_in(slot_of(index_of(subject))), generation)
+        session_id = session_id or draw_in(slot_of(index_of(subject)))
+        token = self.sign(session_id, generation)
         words = (ttl, idle, started, source, fields or [])
-        self.send_enroll(token, subject, *words, again=False)
+        self.send_enroll(token, subject, *words, again=False, copy_of=copy_of, pends=pends)
         return token
 
     def send_enroll(  # noqa: PLR0913, PLR0917  # likewise
@@ -301,10 +349,14 @@ class Client:
         fields: list[bytes],
         *,
         again: bool,
+        copy_of: str = "",
+        pends: bool = False,
     ) -> None:
         session_id, generation, fingerprint = self.verify(token)
+        if pends:
+            fields = [*fields, b"pending", b"1"]
         keys = [key_of(session_id), index_of(subject), tries_of(session_id)]
-        source_id, _, source_fingerprint = self.verify(source) if source else ("", 0, b"")
+        source_id, _, source_fingerprint = self.verify(source) if source else (copy_of, 0, b"")
         if source:
             keys.append(key_of(source_id))
         subs = self.subs(subject)
@@ -315,7 +367,7 @@ class Client:
                 [*keys, *map(key_of_entry, entries)],
                 *(fingerprint, ttl, number(again), idle, session_id.encode(), started),
                 *(number(generation), source_fingerprint, source_id.encode()),
-                *(number(self.limit), b"1" if self.evicts else b"0"),
+                *(number(0 if pends else self.limit), b"1" if self.evicts else b"0"),
                 *(number(len(subs)), number(len(entries)), number(len(fields) // 2)),
                 *(*subs, *entries, *fields),
             )
@@ -535,6 +587,15 @@ def info_of(session_id: str, text: bytes) -> Info:
     )
 
 
+def opened_of(session_id: str, text: bytes) -> Opened:
+    facts, held = items(text)[:6], items(text)[6:]
+    info = info_of(session_id, b"".join(b"%d:%b" % (len(fact), fact) for fact in facts))
+    return Opened(
+        info._replace(payloads={name.decode(): len(data) for name, data in couples(held).items()}),
+        {name.decode(): data for name, data in couples(held).items()},
+    )
+
+
 def entries_of(text: bytes) -> list[bytes]:
     return [text[at : at + 32] for at in range(0, len(text), 32)]
 
@@ -582,6 +643,48 @@ def realm(sign_key: bytes) -> bytes:
 
 def sha1(source: bytes) -> bytes:
     return hashlib.sha1(source, usedforsecurity=False).hexdigest().encode()
+
+
+# --- sealing, likewise ---
+
+
+class NotSealedError(Exception):
+    """What stands there was not sealed in that session under that name."""
+
+
+def derived(sealing_key: bytes, purpose: bytes) -> bytes:
+    return hashlib.blake2b(b"", key=sealing_key, person=purpose, digest_size=32).digest()
+
+
+def header_of(sealing_key: bytes) -> bytes:
+    return bytes.fromhex("C1 53 47 01") + derived(sealing_key, b"sg seal key id")[:4]
+
+
+def seal(
+    sealing_key: bytes, session_id: str, name: str, data: bytes, nonce: bytes | None = None
+) -> bytes:
+    """What is stored of data."""
+    header, nonce = header_of(sealing_key), nonce or secrets.token_bytes(24)
+    ciphertext_and_tag = bindings.crypto_aead_xchacha20poly1305_ietf_encrypt(
+        data,
+        header + session_id.encode() + field(name),
+        nonce,
+        derived(sealing_key, b"sg payload seal"),
+    )
+    return header + nonce + ciphertext_and_tag
+
+
+def unseal(sealing_key: bytes, session_id: str, name: str, sealed: bytes) -> bytes:
+    """The data of what is stored."""
+    header, nonce, rest = sealed[:8], sealed[8:32], sealed[32:]
+    if header != header_of(sealing_key) or len(rest) < 16:
+        raise NotSealedError
+    key = derived(sealing_key, b"sg payload seal")
+    additional = header + session_id.encode() + field(name)
+    try:
+        return bindings.crypto_aead_xchacha20poly1305_ietf_decrypt(rest, additional, nonce, key)
+    except CryptoError:
+        raise NotSealedError from None
 
 
 # --- the client at work ---
@@ -636,6 +739,8 @@ def all_operations(client: Client) -> None:
             (client.pset, "user", b"x"),
             (client.pset_if, "user", b"x"),
             (client.pset_many, {"user": b"x"}),
+            (client.pset_many, {}, ("user",)),
+            (client.open,),
             (client.pget, "user"),
             (client.pget_many, "user"),
             (client.pall,),
@@ -660,8 +765,13 @@ def all_payloads(client: Client, token: str) -> None:
     everything = {"a": b"1", "b": b"4", "naïve": b"2", "timed": b"5"}
     assert client.pall(token) == client.pget_many(token, "none", *everything) == everything
     assert client.info(token).payloads == dict.fromkeys(everything, 1)
+    assert client.open(token, all_of_them=True).payloads == everything
+    assert client.open(token, "none", "timed").payloads == {"timed": b"5"}
     assert client.pincr(token, "timed", -7) == -2
     client.pset_if(token, "timed", b"5", ttl=0)
+    client.pset_if(token, "timed", b"5", b"absent", ttl=100)
+    client.pset_many(token, {"more": b"6"}, ("timed", "none"))
+    client.pset_many(token, {}, ("more",))
     client.pset_if(token, "timed", b"5", b"absent", ttl=100)
     client.pdel(token, "timed")
     with refused("NOPAYLOAD"):
@@ -903,6 +1013,385 @@ def test_payloads_are_shared(pair: Pair) -> None:
     assert client.ppop(token, "more") == b"5"
 
 
+def test_open_tells_what_info_does_and_reads_all(client: Client) -> None:
+    """Asked for all, open returns what `info` tells of the session and what `pall` reads."""
+    everything = {"a": b"1", "naïve": bytes(range(256)), "empty": b"", "timed": b"2"}
+    for subject, idle in ((None, None), ("50% {zoë}", 100)):
+        first = client.start(
+            300, {name: everything[name] for name in ("a", "naïve")}, subject, idle
+        )
+        token = client.renew(first)
+        client.pset(token, "empty", b"")
+        client.pset_if(token, "timed", b"2", ttl=100)
+        info, payloads = client.open(token, all_of_them=True)
+        assert payloads == client.pall(token) == everything
+        alone = client.info(token)
+        assert drop_end(told(info)) == drop_end(told(alone))
+        assert (info.generation, info.idle, info.subject) == (1, idle, subject or "")
+        # Without an idle timeout the end is reckoned, and the server may stand still meanwhile.
+        assert told(info)[2] == pytest.approx(alone.ends_ms, abs=50)
+        assert info.left_ms == pytest.approx(alone.left_ms, abs=1000)
+        # A token in its grace opens it as well.
+        assert client.open(first, all_of_them=True).payloads == everything
+    empty = client.start(300, {})
+    assert client.open(empty, all_of_them=True).payloads == {}
+
+
+def test_open_reads_what_is_named(client: Client) -> None:
+    """Asked for names, open returns those that are there, and of no name the session alone."""
+    token = client.start(300, {"a": b"1", "b": b"2", "c": b"3"}, "zoë")
+    for names, held in (
+        (("b",), {"b": b"2"}),
+        (("c", "none", "a"), {"c": b"3", "a": b"1"}),
+        (("none", ";a", "fp", ""), {}),
+        ((), {}),
+    ):
+        info, payloads = client.open(token, *names)
+        assert payloads == held
+        assert (info.subject, info.generation) == ("zoë", 0)
+    assert [*client.open(token, "c", "a").payloads] == ["c", "a"]
+
+
+def test_open_reads_payloads_until_their_end(client: Client) -> None:
+    """A payload with an end of its own is there for open until then, named or not."""
+    token = client.start(300, {"a": b"1"})
+    client.pset_if(token, "short", b"2", ttl=1)
+    client.pset_if(token, "long", b"3", ttl=100)
+    for alive in (True, False):
+        held = {"a": b"1", "long": b"3"} | ({"short": b"2"} if alive else {})
+        assert client.open(token, all_of_them=True).payloads == held
+        assert client.open(token, "short", "a", "long").payloads == held
+        time.sleep(1.1 if alive else 0)
+
+
+def test_open_is_use(client: Client, server: Server) -> None:
+    """Open begins the idle timeout anew, and tells of the session as it is afterwards."""
+    with server.client() as admin:
+        for asked in ({}, {"all_of_them": True}):
+            token = client.start(300, {"a": b"1"}, idle=100)
+            key = key_of(client.verify(token).session_id)
+            admin.pexpire(key, 20_000)
+            assert 99_000 < client.open(token, **asked).info.left_ms <= 100_000
+            assert 99_000 < admin.pttl(key) <= 100_000
+
+
+def test_open_wants_the_sessions_own_fingerprint(client: Client, server: Server) -> None:
+    """No other fingerprint opens a session, however close, nor is it use."""
+    token = client.start(300, {"a": b"1"}, idle=100)
+    session_id, _, fingerprint = client.verify(token)
+    key = key_of(session_id)
+    with server.client() as admin:
+        admin.pexpire(key, 20_000)
+        for wrong in (b"another print...", fingerprint[:-1], fingerprint + b"1", b"", b"\0" * 16):
+            for asked in ((b"",), (b"0",), (b"1", b":a")):
+                with refused("NOSESSION"):
+                    client.call("open", [key], wrong, *asked)
+        assert admin.pttl(key) <= 20_000
+
+
+# What each of them is called with, behind the fingerprint.
+COUNTED = {
+    "open": [b"12", *(b":%d" % number for number in range(12))],
+    "pset_many": [
+        *(b"11", b"10"),
+        *(word for number in range(11) for word in (b":%d" % number, b"new")),
+        *(b":old%d" % number for number in range(10)),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_call_that_lost_words_is_incomplete(client: Client, server: Server, name: str) -> None:
+    """If words are missing at the end, or a digit in a count, nothing is done and nothing read."""
+    held = {f"old{number}": b"x" for number in range(10)} | {"0": b"before"}
+    token = client.start(300, held, idle=100)
+    session_id, _, fingerprint = client.verify(token)
+    key, words = key_of(session_id), COUNTED[name]
+    counts = 2 if name == "pset_many" else 1
+    with server.client() as admin:
+        admin.pexpire(key, 20_000)
+        before = admin.hgetall(key)
+        # As of a request whose number of words lost a digit: what is last now is no echo.
+        for length in range(counts, len(words) + 1):
+            request = (b"EVAL", SCRIPTS[name], b"1", key, fingerprint, *words[:length])
+            assert client.exchange(client.port, *request) == (b"-", b"INCOMPLETE " + request[-1])
+        for at in range(counts):
+            for count in {words[at][:1], words[at][1:], b"1" + words[at]}:
+                with refused("INCOMPLETE"):
+                    client.call(name, [key], fingerprint, *words[:at], count, *words[at + 1 :])
+        assert admin.hgetall(key) == before
+        assert admin.pttl(key) <= 20_000
+        client.call(name, [key], fingerprint, *words)
+        assert (admin.hgetall(key) == before) == (name == "open")
+
+
+def test_pset_many_stores_and_deletes(client: Client, server: Server) -> None:
+    """It stores some payloads and deletes others, with an end of their own or not, if there."""
+    token = client.start(300, {"a": b"1", "b": b"2", "c": b"3", "d": b"4"})
+    for name in ("timed", "timed too", "stays"):
+        client.pset_if(token, name, b"5", ttl=100)
+    key = key_of(client.verify(token).session_id)
+    with server.client() as admin:
+        left = admin.pttl(key)
+        client.pset_many(token, {"a": b"6", "new": b"7", "timed": b"8"}, ("b", "timed too", "none"))
+        held = {"a": b"6", "new": b"7", "timed": b"8", "c": b"3", "d": b"4", "stays": b"5"}
+        assert client.pall(token) == held
+        fields = {b"fp", *map(field, held.keys() - {"stays"}), b";stays"}
+        assert set(admin.hgetall(key)) == fields  # what was stored has no end of its own
+        client.pset_many(token, {}, ("c", "stays", "new"))
+        assert client.pall(token) == {"a": b"6", "timed": b"8", "d": b"4"}
+        client.pset_many(token, {}, ("a", "timed", "d"))
+        assert admin.hkeys(key) == [b"fp"]
+        assert 0 < admin.pttl(key) <= left
+    assert client.open(token, all_of_them=True).payloads == {}
+
+
+def test_deleting_what_is_not_there_is_nothing(client: Client, server: Server) -> None:
+    """Names that the session does not hold are none, fields of the protocol stay, all is well."""
+    token = client.renew(client.start(300, {"a": b"1"}, "zoë"))
+    key = key_of(client.verify(token).session_id)
+    with server.client() as admin:
+        before = admin.hgetall(key)
+        client.pset_many(token, {}, ("none", "fp", "gen", "sub", "old", "", ":a", ";a"))
+        client.pset_many(token, {}, ())
+        assert admin.hgetall(key) == before
+    client.pset_many(token, {"b": b"2"}, ("none",))
+    assert client.pall(token) == {"a": b"1", "b": b"2"}
+
+
+def test_deletes_that_are_refused_delete_nothing(client: Client, server: Server) -> None:
+    """Who does not open the session neither stores nor deletes with pset_many."""
+    token = client.start(300, {"a": b"1"})
+    session_id = client.verify(token).session_id
+    with server.client() as admin:
+        before = admin.hgetall(key_of(session_id))
+        for payloads in ({}, {"b": b"2"}):
+            with refused("NOSESSION"):
+                client.pset_many(client.sign(session_id, 1), payloads, ("a",))
+        assert admin.hgetall(key_of(session_id)) == before
+
+
+def test_pset_many_deletes_without_memory(own_client: Client, own_server: Server) -> None:
+    """On a full server deletes alone succeed as pdel does, use included; with a store none does."""
+    client = own_client
+    token = client.start(300, {"a": b"1", "b": b"2", "c": b"3"}, idle=100)
+    client.pset_if(token, "timed", b"4", ttl=100)
+    key = key_of(client.verify(token).session_id)
+    with own_server.client() as admin:
+        admin.config_set("maxmemory", 1)
+        for unused in (False, True):
+            admin.pexpire(key, 20_000 if unused else 95_000)
+            with refused("OOM"):
+                client.pset_many(token, {"new": b"5"}, ("a",))
+            held = {"a": b"1", "b": b"2", "c": b"3", "timed": b"4"}
+            gone = ("a", "timed", "none") if unused else ("none",)
+            assert set(admin.hgetall(key)) == {b"fp", b":a", b":b", b":c", b";timed"}
+            client.pset_many(token, {}, gone)
+            if unused:
+                assert 99_000 < admin.pttl(key) <= 100_000
+        left = {name: data for name, data in held.items() if name not in gone}
+        assert client.open(token, all_of_them=True).payloads == left == {"b": b"2", "c": b"3"}
+        client.pdel(token, "b")
+        assert client.pall(token) == {"c": b"3"}
+
+
+# --- sealed payloads, shared ---
+
+SEALING_KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
+
+
+def raw(pair: Pair, token: str) -> dict[str, bytes]:
+    """What Redis has of payloads."""
+    return pair.client.pall(token)
+
+
+def unsealed(pair: Pair, token: str) -> dict[str, bytes]:
+    """What a client that was told the sealing key makes of it."""
+    session_id = pair.client.verify(token).session_id
+    return {
+        name: unseal(SEALING_KEY, session_id, name, stored)
+        for name, stored in raw(pair, token).items()
+    }
+
+
+def test_what_a_gate_seals_the_client_opens(pair: Pair) -> None:
+    """Whichever way a gate stores a payload, the page tells how to open what Redis has of it."""
+    client, gate = pair.client, pair.gate(sealing_key=SEALING_KEY)
+    held = {"naïve": b"\x00\xff", "user": b"John Doe"}
+    for subject in (None, "zoë"):
+        token = gate.start(300, held, subject=subject)
+        assert unsealed(pair, token) == held
+        gate.pset(token, "long", b"x" * 100_000)
+        gate.pset(token, "timed", "1", ttl=100)
+        gate.pset(token, "user", "Jane Roe", if_match="John Doe")
+        gate.pset(token, "first", "2", if_absent=True)
+        gate.pset_many(token, {"many": "3"}, delete=["naïve"])
+        expected = {"long": b"x" * 100_000, "timed": b"1", "first": b"2", "many": b"3"}
+        expected["user"] = b"Jane Roe"
+        assert unsealed(pair, token) == expected
+        stored = raw(pair, token)
+        for name, data in expected.items():
+            assert len(stored[name]) == len(data) + 48
+            assert len(data) < 2 or data not in stored[name]
+        assert client.info(token).payloads == {name: len(stored[name]) for name in stored}
+        again = gate.renew(token)
+        assert raw(pair, again) == stored  # the id is the same
+
+
+def test_what_the_client_seals_a_gate_opens(pair: Pair) -> None:
+    """What is sealed as the page says is a payload to a gate, whichever way it reads it."""
+    client, gate = pair.client, pair.gate(sealing_key=[OTHER_KEY, SEALING_KEY])
+    token = client.start(300, {})
+    session_id = client.verify(token).session_id
+    held = {"naïve": b"\x00\xff", "timed": b"x" * 1000}
+    client.pset(token, "naïve", seal(SEALING_KEY, session_id, "naïve", held["naïve"]))
+    client.pset_if(token, "timed", seal(SEALING_KEY, session_id, "timed", held["timed"]), ttl=100)
+    assert gate.pall(token) == gate.pget_many(token, held) == held
+    assert gate.pget(token, "naïve") == held["naïve"]
+    with gate.open(token) as session:
+        assert dict(session) == held
+    assert {sealed_by(stored) for stored in raw(pair, token).values()} == {
+        sealing_key_id(SEALING_KEY)
+    }
+    assert gate.ppop(token, "timed") == held["timed"]
+
+
+def test_what_was_not_sealed_there_neither_opens(pair: Pair) -> None:
+    """Under another name, in another session, by another key or with a bit changed none opens."""
+    client, gate = pair.client, pair.gate(sealing_key=SEALING_KEY)
+    token, other = gate.start(300, {"user": "x"}), gate.start(300, {"user": "x"})
+    session_id = client.verify(token).session_id
+    good, theirs = raw(pair, token)["user"], raw(pair, other)["user"]
+    changed = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in range(len(good))]
+    for name, stored in (
+        ("other", good),
+        ("user", theirs),
+        ("user", seal(OTHER_KEY, session_id, "user", b"x")),
+        ("user", good[:-1]),
+        ("user", good + b"\0"),
+        ("user", good[:47]),
+        ("user", good[:8]),
+        ("user", b"x"),
+        *(("user", each) for each in changed),
+    ):
+        client.pset(token, name, stored)
+        with pytest.raises(NotSealedError):
+            unseal(SEALING_KEY, session_id, name, stored)
+        with pytest.raises(UnsealError):
+            gate.pget(token, name)
+    client.pset(token, "user", good)
+    assert gate.pget(token, "user") == b"x"
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_sealed_payloads_are_sealed_anew_for_a_subject(pair: Pair, limit: int | None) -> None:
+    """Whoever gives a session to a subject, the other opens its payloads, sealed for the new id."""
+    client = pair.client
+    gate = pair.gate(sealing_key=SEALING_KEY, max_sessions=limit)
+    client.sealing_key, client.limit = SEALING_KEY, limit or 0
+    held = {"naïve": b"\x00\xff", "user": b"John Doe", "timed": b"1"}
+    sign_ins: list[Callable[[str], str]] = [
+        lambda token: gate.renew(token, subject="zoë"),
+        lambda token: client.renew(token, subject="zoë"),
+    ]
+    for sign_in in sign_ins:
+        before = gate.start(300, subject="zoë")
+        token = gate.start(300, {"naïve": held["naïve"], "user": held["user"]}, idle_timeout=100)
+        gate.pset(token, "timed", "1", ttl=100)
+        session_id, stored = client.verify(token).session_id, raw(pair, token)
+        new = sign_in(token)
+        assert client.verify(new).session_id != session_id
+        assert gate.pall(new) == unsealed(pair, new) == held
+        assert not set(raw(pair, new).values()) & set(stored.values())
+        with pytest.raises(SessionNotFoundError):
+            gate.touch(token)
+        # It is pending no more, and the oldest one went for it, if any had to.
+        ids = [client.verify(each).session_id for each in (before, new)]
+        assert [info.id for info in gate.sessions("zoë")] == (ids[1:] if limit else ids)
+        assert gate.info(new).generation == 1
+        assert gate.end_all("zoë") == (1 if limit else 2)
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_what_changes_while_a_sealed_session_moves_is_sealed_anew(
+    client: Client, server: Server, limit: int
+) -> None:
+    """What `import` brings behind the second export is sealed for the id of the end as well."""
+    gate = SessionGate(server.client(), sign_key=SIGN_KEY, sealing_key=SEALING_KEY)
+    client.sealing_key, client.limit = SEALING_KEY, limit
+    token = gate.start(300, {"a": "1", "b": "2"})
+    held = {"a": b"5", "c": b"6"}
+
+    def change(copy: str) -> None:
+        if client.verify(copy).session_id in changed:
+            return
+        changed.append(client.verify(copy).session_id)
+        if len(changed) == 1:
+            gate.pset(token, "a", "5", ttl=100)
+            gate.pset_many(token, {"c": "6"}, delete=["b"])
+
+    changed: list[str] = []
+    between_the_exports(client, change)
+    moved = client.move(token, "zoë")
+    assert gate.pall(moved) == held
+    assert len(changed) == 1 + limit
+    assert client.verify(moved).session_id == changed[-1]
+
+
+@pytest.mark.parametrize("evicts", [True, False])
+def test_a_session_that_is_the_subjects_takes_its_own_place(
+    client: Client, server: Server, evicts: bool
+) -> None:
+    """Moved within its subject, a session needs no other one to go, and is not refused."""
+    gate = SessionGate(
+        server.client(),
+        sign_key=SIGN_KEY,
+        sealing_key=SEALING_KEY,
+        max_sessions=2,
+        on_overflow="evict" if evicts else "reject",
+    )
+    client.sealing_key, client.limit, client.evicts = SEALING_KEY, 2, evicts
+    token, other = (gate.start(300, {"a": "1"}, subject="zoë") for _ in range(2))
+    for sign_in in (client.renew, gate.renew):
+        token = sign_in(token, subject="zoë")
+        assert gate.pget(token, "a") == gate.pget(other, "a") == b"1"
+        ids = [client.verify(each).session_id for each in (token, other)]
+        assert [info.id for info in gate.sessions("zoë")] == ids
+    gate.end_all("zoë")
+
+
+def test_a_sealed_session_that_does_not_open_stays(client: Client, server: Server) -> None:
+    """If a payload does not open, nothing is moved, and the session is as it was."""
+    gate = SessionGate(server.client(), sign_key=SIGN_KEY, sealing_key=SEALING_KEY)
+    client.sealing_key = SEALING_KEY
+    token = gate.start(300, {"a": "1"})
+    client.pset(token, "b", b"not sealed")
+    with server.client() as admin:
+        before = admin.hgetall(key_of(client.verify(token).session_id))
+        with pytest.raises(UnsealError):
+            gate.renew(token, subject="zoë")
+        with pytest.raises(NotSealedError):
+            client.renew(token, subject="zoë")
+        assert admin.hgetall(key_of(client.verify(token).session_id)) == before
+    assert client.sessions("zoë") == []
+
+
+def test_what_was_never_sealed_is_taken_for_a_time(client: Client, server: Server) -> None:
+    """Told so, a gate takes data as it is unless it begins as the mark does, as the page says."""
+    accepting = SessionGate(
+        server.client(), sign_key=SIGN_KEY, sealing_key=SEALING_KEY, accept_unsealed=True
+    )
+    token = client.start(300, {})
+    mark = bytes.fromhex("C1 53 47")
+    for data in (b"x", b"plain text", b"\xc1x", b"\xc1Sx", b"x" + mark):
+        client.pset(token, "a", data)
+        assert accepting.pget(token, "a") == data
+    for data in (b"\xc1", b"\xc1S", mark, mark + b"x", mark + b"\1", mark + b"\2" + bytes(60)):
+        client.pset(token, "a", data)
+        with pytest.raises(UnsealError):
+            accepting.pget(token, "a")
+
+
 def test_renewals_are_shared(pair: Pair) -> None:
     """Whoever of the two renews a token within its grace gets the successor of the other."""
     client, gate = pair.client, pair.gate()
@@ -1045,6 +1534,9 @@ def test_use_is_written_once_per_tenth(client: Client, server: Server) -> None:
         lambda token: client.pget(token, "user"),
         lambda token: client.pget_many(token, "none"),
         client.export,
+        client.open,
+        lambda token: client.open(token, all_of_them=True),
+        lambda token: client.pset_many(token, {}, ("none",)),
         lambda token: client.pset(token, "user", b"y"),
     ]
     with server.client() as admin:
@@ -1325,6 +1817,7 @@ def test_a_server_without_memory(own_client: Client, own_server: Server) -> None
         (client.pset_if, "user", b"y"),
         (client.pset_if, "user", b"y", b"", b"", 10),
         (client.pset_many, {"user": b"y"}),
+        (client.pset_many, {"new": b"y"}, ("user",)),
         (client.pincr, "n"),
         (client.renew,),
         (client.renew, 10, "zoë"),
@@ -1336,7 +1829,7 @@ def test_a_server_without_memory(own_client: Client, own_server: Server) -> None
     with refused("OOM"):
         client.start(300, {"user": b"y"}, "zoë")
     assert client.sessions("zoë") == []
-    assert client.pall(token) == {"user": b"x"}
+    assert client.pall(token) == client.open(token, "user").payloads == {"user": b"x"}
     with refused("NOSESSION"):
         client.pget(new, "user")
     # What takes no memory works.
@@ -1378,6 +1871,7 @@ def test_a_server_that_became_a_replica(own_client: Client, own_server: Server) 
         (client.pset, "user", b"y"),
         (client.pset_if, "user", b"y"),
         (client.pset_many, {"user": b"y"}),
+        (client.pset_many, {}, ("user",)),
         (client.pdel, "user"),
         (client.pdel, "none"),
         (client.ppop, "user"),
@@ -1537,6 +2031,37 @@ def test_the_worked_example() -> None:
     assert keyspace.slot_of(index_of(subject)) == slot_of(index_of(subject))
 
 
+def test_the_example_of_sealing() -> None:
+    """The example's values follow from its keys, id, name, data and nonce, for a gate as well."""
+    shown = table("An example of sealing")
+    sealing_key, nonce = (
+        bytes.fromhex(shown[f"{name}, in hex"]) for name in ("sealing key", "nonce")
+    )
+    session_id, name = shown["session id"], shown["payload field"].removeprefix(":")
+    sealed = seal(sealing_key, session_id, name, shown["data"].encode(), nonce)
+    additional = header_of(sealing_key) + session_id.encode() + field(name)
+    assert shown == {
+        "sealing key, in hex": sealing_key.hex(),
+        "encryption key, in hex": derived(sealing_key, b"sg payload seal").hex(),
+        "key id, in hex": header_of(sealing_key)[4:].hex(),
+        "session id": session_id,
+        "payload field": f":{name}",
+        "data": shown["data"],
+        "nonce, in hex": nonce.hex(),
+        "additional data, in hex": additional.hex(),
+        "sealed data, in hex": sealed.hex(),
+    }
+    ring = SealingKeyRing(sealing_key, random=lambda _: nonce)
+    data, words = shown["data"].encode(), (session_id.encode(), field(name))
+    assert ring.seal(data, *words) == sealed
+    assert ring.open(sealed, *words) == unseal(sealing_key, session_id, name, sealed) == data
+    assert sealing_key_id(sealing_key) == sealed_by(sealed) == shown["key id, in hex"]
+    told = table("Sealed payloads")
+    assert f"{len(sealed) - len(data)} bytes more" in told["sealed data"]
+    for purpose, row in (("sg payload seal", "encryption key"), ("sg seal key id", "key id")):
+        assert f"personalization `{purpose}`" in told[row] + "`"
+
+
 def test_every_slot_has_an_ending() -> None:
     """As many endings as the page says carry 13 letters into a slot, whichever it is."""
     free = draw(13)
@@ -1678,7 +2203,8 @@ def test_every_script_is_specified(name: str) -> None:
     used = set(re.findall(r"(?:KEYS|ARGV)\[\d+\]", code))
     used |= {"ARGV[last]" for _ in re.findall(r"ARGV\[#ARGV\]", code)}
     used |= {
-        f"ARGV[{first}..]" for first in re.findall(r"for i = (\d+), (?:#ARGV|\d+ \+ realms)", code)
+        f"ARGV[{first}..]"
+        for first in re.findall(r"for i = (\d+), (?:#ARGV|\d+ \+ (?:realms|stored))", code)
     }
     used |= {f"KEYS[{first}..]" for first in re.findall(r"for i = (\d+), #KEYS", code)}
     if name == "enroll":
@@ -1766,6 +2292,7 @@ def commands_of_the_library() -> Iterator[AnyCommand]:
     yield commands.pset(token, "a", "1")
     yield commands.pset(token, "a", "1", if_absent=True)
     yield commands.pset_many(token, {})
+    yield commands.open(token, None)
     yield commands.pget(token, "a")
     yield commands.pget_many(token, ["a"])
     yield commands.pall(token)

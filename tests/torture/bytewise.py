@@ -24,6 +24,7 @@ from sessiongate import (
     SessionInfo,
     SessionNotFoundError,
 )
+from sessiongate.arguments import names_arg
 from tests.conftest import FLAVOURS, SIGN_KEY, Blocking, Flavour
 from tests.faults import DIRECTIONS, FAULTS, Direction, Fault, FaultProxy, Passed
 from tests.servers import Server, server_binaries
@@ -166,10 +167,18 @@ def _read(scene: Scene, token: object) -> tuple[str, bytes, int]:
     return scene.gate._commands._ring.verify(cast("str", token))
 
 
-def _tells(scene: Scene, token: str, subject: str | None, info: object) -> bool:
+_SIZES = {name: len(data) for name, data in _PAYLOADS.items()}
+
+
+def _tells(
+    scene: Scene,
+    token: str,
+    subject: str | None,
+    info: object,
+    sizes: Mapping[str, int] = _SIZES,
+) -> bool:
     assert isinstance(info, SessionInfo)
     lasts = (info.expires_at - info.created_at).total_seconds()
-    sizes = {name: len(data) for name, data in _PAYLOADS.items()}
     told = (info.id, info.subject, info.generation, info.idle_timeout, info.payloads, round(lasts))
     return told == (scene.id_of(token), subject, 0, None, sizes, _TTL)
 
@@ -178,6 +187,23 @@ def _tells_all(scene: Scene, result: object, _: Seen) -> bool:
     assert isinstance(result, list)
     pairs = zip(result, (scene.token, scene.second), strict=True)
     return all(_tells(scene, token, "alice", info) for info, token in pairs)
+
+
+def _open(names: tuple[str, ...] | None) -> Callable[[SessionGate, Scene], object]:
+    """What a handle sends, which reads at once here."""
+    fields = names_arg(names) if names else None
+    return lambda gate, scene: gate._run(scene.gate._commands.open(scene.token, fields))
+
+
+def _tells_and_holds(*names: str) -> IsRight:
+    held = {name.encode(): _PAYLOADS[name] for name in names}
+
+    def is_right(scene: Scene, result: object, _: Seen) -> bool:
+        info, stored = cast("tuple[SessionInfo, dict[bytes, bytes]]", result)
+        sizes = {name: _SIZES[name] for name in names}
+        return stored == held and _tells(scene, scene.token, None, info, sizes)
+
+    return is_right
 
 
 _PGET = Operation(lambda gate, scene: gate.pget(scene.token, "user"), _returns(b"John Doe"))
@@ -254,6 +280,18 @@ OPERATIONS: dict[str, Operation] = {
         effect=_mine(lambda held: held.stored("user", b"new").stored("lang", b"en")),
         repeats=False,
     ),
+    "pset_many with deletes": Operation(
+        lambda gate, scene: gate.pset_many(scene.token, {"user": "new"}, delete=["cart", "no"]),
+        effect=_mine(lambda held: held.stored("user", b"new").without("cart")),
+        repeats=False,
+    ),
+    "pset_many of deletes": Operation(
+        lambda gate, scene: gate.pset_many(scene.token, {}, delete=["cart", "count"]),
+        effect=_mine(lambda held: held.without("cart").without("count")),
+        repeats=False,
+    ),
+    "open": Operation(_open(None), _tells_and_holds("user", "count", "cart")),
+    "open with names": Operation(_open(("user", "cart", "no")), _tells_and_holds("user", "cart")),
     "pget": _PGET,
     "pget_many": Operation(
         lambda gate, scene: gate.pget_many(scene.token, ["user", "cart", "no"]),
@@ -295,6 +333,15 @@ OPERATIONS: dict[str, Operation] = {
         effect=_mine(lambda held: replace(held, payloads={**held.payloads, **_MANY})),
         repeats=False,
         head=_HEAD,
+    ),
+    "pset_many of many deletes": Operation(
+        lambda gate, scene: gate.pset_many(scene.token, {"lang": "en"}, delete=["cart", *_MANY]),
+        effect=_mine(lambda held: held.stored("lang", b"en").without("cart")),
+        repeats=False,
+        head=_HEAD,
+    ),
+    "open with many names": Operation(
+        _open(("user", *_MANY)), _tells_and_holds("user"), head=_HEAD
     ),
     # What fails before the request leaves is no reason not to send it.
     "connecting": _PINCR._replace(repeats=True, connects=True),

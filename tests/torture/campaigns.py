@@ -14,6 +14,7 @@ _MODULES = (
     "cluster",
     "interrupts",
     "refusals",
+    "sealed",
 )
 
 CAMPAIGNS: dict[str, Campaign] = {
