@@ -85,7 +85,8 @@ class AsyncSessionGate(Generic[In, Out]):
             own (`Codec` says how); bytes and text as they are, if not given.
         sealing_key: the secret that encrypts and authenticates payloads before they leave the
             process, or a list of them: the first seals, all open. 32 random bytes each, or the
-            64 hexadecimal digits that `sessiongate keygen` prints. None seals nothing.
+            64 hexadecimal digits that `sessiongate keygen` prints. None seals nothing, also in the
+            first place of a list.
         accept_unsealed: whether payloads that were never sealed are read all the same: for the time
             of the change-over.
         random: where ids come from, `random(n)` being n bytes; only a test should replace it.
@@ -114,7 +115,7 @@ class AsyncSessionGate(Generic[In, Out]):
         timeout: float | None = DEFAULT_TIMEOUT,  # of every call, not of this one
         min_replicas: int = 0,
         codec: Codec[In, Out] | None = None,
-        sealing_key: SealingKey | Sequence[SealingKey] | None = None,
+        sealing_key: SealingKey | Sequence[SealingKey | None] | None = None,
         accept_unsealed: bool = False,
         random: Callable[[int], bytes] = system_random,
     ) -> None:
@@ -161,7 +162,7 @@ class AsyncSessionGate(Generic[In, Out]):
         timeout: float | None = DEFAULT_TIMEOUT,  # of every call, not of this one
         min_replicas: int = 0,
         codec: Codec[In, Out] | None = None,
-        sealing_key: SealingKey | Sequence[SealingKey] | None = None,
+        sealing_key: SealingKey | Sequence[SealingKey | None] | None = None,
         accept_unsealed: bool = False,
         random: Callable[[int], bytes] = system_random,
     ) -> Self:
@@ -261,10 +262,13 @@ class AsyncSessionGate(Generic[In, Out]):
         *,
         if_absent: bool = False,
         if_match: In | NoCondition = ALWAYS,
+        as_: object = None,
         ttl: int | timedelta | None = None,
     ) -> None:
         return await self._run(
-            self._commands.pset(token, name, data, if_absent=if_absent, if_match=if_match, ttl=ttl)
+            self._commands.pset(
+                token, name, data, if_absent=if_absent, if_match=if_match, as_=as_, ttl=ttl
+            )
         )
 
     @_as_in(SessionGate.pset_many)

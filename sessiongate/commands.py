@@ -39,6 +39,9 @@ NONCE_BYTES = 8
 # How often `if_match` looks again at a payload that others store anew at the same time.
 _MAX_LOOKS = 1000
 
+# What is of another type was read as that.
+_PLAIN = frozenset({bool, bytes, dict, float, int, list, str, type(None)})
+
 
 class Commands(Generic[In, Out]):
     """Makes the command of each operation; whatever can be refused locally is refused here."""
@@ -221,6 +224,7 @@ class Commands(Generic[In, Out]):
         *,
         if_absent: bool = False,
         if_match: In | NoCondition = ALWAYS,
+        as_: object = None,
         ttl: int | timedelta | None = None,
     ) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
@@ -246,9 +250,11 @@ class Commands(Generic[In, Out]):
         if isinstance(if_match, NoCondition):
             return store(b"absent" if if_absent else b"")
         data = values.encoded(if_match, name)
+        read_as = None if as_ is None and type(if_match) in _PLAIN else as_ or type(if_match)
 
         def is_same(held: bytes) -> bool:
-            return values.are_same(values.opened(session_id, field, held), data, name)
+            opened = values.opened(session_id, field, held)
+            return values.are_same(opened, data, name, (None, read_as))
 
         return self._if_match(token, name, data, is_same, partial(store, b"match"))
 

@@ -56,7 +56,8 @@ class SessionGate(Generic[In, Out]):
             own (`Codec` says how); bytes and text as they are, if not given.
         sealing_key: the secret that encrypts and authenticates payloads before they leave the
             process, or a list of them: the first seals, all open. 32 random bytes each, or the
-            64 hexadecimal digits that `sessiongate keygen` prints. None seals nothing.
+            64 hexadecimal digits that `sessiongate keygen` prints. None seals nothing, also in the
+            first place of a list.
         accept_unsealed: whether payloads that were never sealed are read all the same: for the time
             of the change-over.
         random: where ids come from, `random(n)` being n bytes; only a test should replace it.
@@ -83,7 +84,7 @@ class SessionGate(Generic[In, Out]):
         timeout: float | None = DEFAULT_TIMEOUT,
         min_replicas: int = 0,
         codec: Codec[In, Out] | None = None,
-        sealing_key: SealingKey | Sequence[SealingKey] | None = None,
+        sealing_key: SealingKey | Sequence[SealingKey | None] | None = None,
         accept_unsealed: bool = False,
         random: Callable[[int], bytes] = system_random,
     ) -> None:
@@ -123,7 +124,7 @@ class SessionGate(Generic[In, Out]):
         timeout: float | None = DEFAULT_TIMEOUT,
         min_replicas: int = 0,
         codec: Codec[In, Out] | None = None,
-        sealing_key: SealingKey | Sequence[SealingKey] | None = None,
+        sealing_key: SealingKey | Sequence[SealingKey | None] | None = None,
         accept_unsealed: bool = False,
         random: Callable[[int], bytes] = system_random,
     ) -> Self:
@@ -317,6 +318,7 @@ class SessionGate(Generic[In, Out]):
         *,
         if_absent: bool = False,
         if_match: In | NoCondition = ALWAYS,
+        as_: object = None,
         ttl: int | timedelta | None = None,
     ) -> None:
         """Store one payload; when the session ends does not change.
@@ -328,6 +330,7 @@ class SessionGate(Generic[In, Out]):
                 UTF-8; 1 to 8,000,000 bytes when it is encoded.
             if_absent: store it only if there is no payload of that name.
             if_match: store it only if the payload of that name has this data, as it was read.
+            as_: the type that this was read as, if that is not its own, as with `list[float]`.
             ttl: whole seconds (or a timedelta) until the payload is gone, if the session does not
                 end before; 0 deletes it. Without, it stays as long as the session.
 
@@ -344,7 +347,9 @@ class SessionGate(Generic[In, Out]):
             >>> gate.pset(token, "signed in", "yes", ttl=300)
         """
         return self._run(
-            self._commands.pset(token, name, data, if_absent=if_absent, if_match=if_match, ttl=ttl)
+            self._commands.pset(
+                token, name, data, if_absent=if_absent, if_match=if_match, as_=as_, ttl=ttl
+            )
         )
 
     def pset_many(

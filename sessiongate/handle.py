@@ -15,7 +15,7 @@ from .arguments import field_arg, grace_arg, names_arg, subject_arg
 from .codecs import In, Out, T
 from .command import Command
 from .commands import Commands
-from .errors import HandleError, UnderReplicatedError
+from .errors import HandleError, PayloadNotFoundError, UnderReplicatedError
 from .subjects import Opening
 from .values import decoded
 
@@ -90,6 +90,23 @@ _NO_CHANGES = _Changes({}, {})
 class _Handle(MutableMapping[str, Out], Generic[In, Out]):
     """What both kinds of handle are, but for running commands."""
 
+    # An attribute that somebody sets by mistake would be stored nowhere.
+    __slots__ = (
+        "_commands",
+        "_deleted",
+        "_fields",
+        "_id",
+        "_info",
+        "_is_entered",
+        "_is_over",
+        "_opening",
+        "_payloads",
+        "_starts_for",
+        "_subject",
+        "_there",
+        "_token",
+    )
+
     def __init__(
         self,
         commands: Commands[In, Out],
@@ -106,23 +123,24 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         self._opening = opening
         if subject is not None:
             subject_arg(subject)
-        self._subject = subject
+        self._subject = self._starts_for = subject
         self._info: SessionInfo | None = None
         self._payloads: dict[str, _Payload] = {}
         self._deleted: dict[str, bytes] = {}
-        # The names of what Redis has; None if that is not known yet.
-        self._there: set[str] | None = set() if token is None else None
-        self._is_entered = self._is_over = self._is_ended = False
+        # The names of what Redis has; None if that was not read yet.
+        self._there: set[str] | None = None
+        self._is_entered = self._is_over = False
 
     def __repr__(self) -> str:
-        known = "ended" if self._is_ended else self._id or "not started"
-        return f"<{type(self).__name__} {known}>"
+        read = "" if self._there is None else ", read"
+        return f"<{type(self).__name__} {self._id or 'not started'}{read}>"
 
     @property
     def token(self) -> str | None:
         """What to send to the client; None if there is no session (any more).
 
-        A session that is started has one when it was stored: behind the block, or after `save`.
+        That of a session that this starts is there when it was stored: behind the block, or after
+        `save`.
         """
         return self._token
 
@@ -238,7 +256,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
                     self._fetch()
                 self._check_named(name)
             if name not in self._payloads:
-                raise KeyError(name)
+                raise PayloadNotFoundError(name)
         return self._payloads[name]
 
     def _check_named(self, name: str) -> None:
@@ -253,8 +271,6 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
             raise HandleError(f"payload {name!r} was not read: name it in open(token, names=[...])")
 
     def _check_writable(self) -> None:
-        if self._is_ended:
-            raise HandleError("the session was ended by this handle: open(None) starts another one")
         if self._is_over:
             raise HandleError("the block is over, and its changes are stored: open the token again")
 
@@ -327,7 +343,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         data = values.encoded(payload.value, name)
         if payload.data is None:
             return data
-        return None if values.are_same(payload.data, data, name, payload.as_) else data
+        return None if values.are_same(payload.data, data, name, (payload.as_,)) else data
 
     def _was_written(self, changes: _Changes, token: str | None) -> None:
         # Under asyncio another task may have gone on meanwhile: what it did is still to be stored.
@@ -343,14 +359,13 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
             self._there |= changes.stored.keys()
         if token is not None:
             self._has_token(token)
-            self._fields = None  # it was started here: all that it holds is known
+            # It was started here: all that it holds is known.
+            self._there, self._fields = set(changes.stored), None
 
     def _renewing(
         self, grace: "int | timedelta | None", subject: str | None
     ) -> tuple[Command[str], _Changes] | None:
         """What renews the token; for a session that is not started, what starts the subject's."""
-        if self._is_ended:
-            self._check_writable()
         if self._token is not None:
             return self._commands.renew(self._token, grace, subject), _NO_CHANGES
         grace_arg(grace, subject)
@@ -375,8 +390,8 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         return None if self._token is None else self._commands.end(self._token)
 
     def _was_ended(self) -> None:
-        self._is_ended = True
-        self._token = self._info = None
+        self._token = self._id = self._info = None
+        self._subject = self._starts_for
         self._payloads, self._deleted, self._there = {}, {}, set()
 
 
@@ -397,6 +412,8 @@ class Session(_Handle[In, Out]):
         >>> gate.pget(session.token, "cart")
         ['book', 'pen']
     """
+
+    __slots__ = ("_run",)
 
     def __init__(  # noqa: PLR0913  # a gate alone makes it
         self,
@@ -469,6 +486,8 @@ class Session(_Handle[In, Out]):
     def end(self) -> None:
         """End the session, at once; what was changed is not stored.
 
+        What is assigned after that starts another one, as with `open(None)`.
+
         Raises:
             SessionNotFoundError: the session ended or expired before.
 
@@ -492,11 +511,14 @@ class Session(_Handle[In, Out]):
         traceback: TracebackType | None,
     ) -> None:
         self._is_over = True
-        if exc_type is None and not self._is_ended:
+        if exc_type is None:
             self.save()
 
     def _fetch(self) -> None:
-        self._was_read(self._run(self._reading()))
+        if self._token is None:
+            self._there = set()
+        else:
+            self._was_read(self._run(self._reading()))
 
     def _finish(self, command: Command[R], then: Callable[[Any], None]) -> None:
         try:
@@ -521,6 +543,8 @@ class AsyncSession(_Handle[In, Out]):
         >>> (await session.load())["cart"]
         ['book']
     """
+
+    __slots__ = ("_run",)
 
     def __init__(  # noqa: PLR0913  # a gate alone makes it
         self,
@@ -547,7 +571,10 @@ class AsyncSession(_Handle[In, Out]):
             (None, ['cart'])
         """
         if self._is_unread():
-            self._was_read(await self._run(self._reading()))
+            if self._token is None:
+                self._there = set()
+            else:
+                self._was_read(await self._run(self._reading()))
         return self
 
     async def save(self) -> None:
@@ -611,11 +638,11 @@ class AsyncSession(_Handle[In, Out]):
         traceback: TracebackType | None,
     ) -> None:
         self._is_over = True
-        if exc_type is None and not self._is_ended:
+        if exc_type is None:
             await self.save()
 
     def _fetch(self) -> None:
-        raise HandleError("under asyncio a session is read by `await session.load()`, once")
+        raise HandleError("`await session.load()` first, in the block: then everything can be read")
 
     async def _finish(self, command: Command[R], then: Callable[[Any], None]) -> None:
         try:

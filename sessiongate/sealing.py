@@ -83,7 +83,7 @@ class SealingKeyRing:
     """The sealing keys of a gate: the first one seals, all of them open.
 
     Args:
-        sealing_key: one, or several, newest first.
+        sealing_key: one, or several, newest first; None in the first place seals nothing.
         accept_unsealed: whether data that was never sealed is opened as it is.
         random: where nonces come from; only a test should replace it.
     """
@@ -100,7 +100,7 @@ class SealingKeyRing:
 
     def __init__(
         self,
-        sealing_key: SealingKey | Sequence[SealingKey],
+        sealing_key: SealingKey | Sequence[SealingKey | None],
         *,
         accept_unsealed: bool = False,
         random: Callable[[int], bytes] = os.urandom,
@@ -112,13 +112,19 @@ class SealingKeyRing:
                 f"sealing_key is 32 bytes, or their 64 hexadecimal digits as a str, or a list of "
                 f"them, newest first, not {type_of_setting(sealing_key)}"
             )
-        if not keys:
-            raise ConfigurationError("sealing_key is an empty list: give at least one, or None")
-        secrets = [_key_bytes(key) for key in keys]
+        seals = not (keys and keys[0] is None)
+        secrets = [_key_bytes(key) for key in (keys if seals else keys[1:])]
+        if not secrets:
+            raise ConfigurationError("sealing_key is a list without keys: give one, or None alone")
+        if not seals and not accept_unsealed:
+            raise ConfigurationError(
+                "a sealing_key that begins with None seals nothing: it needs accept_unsealed=True"
+            )
         self._keys = {_START + _id_of(secret): _derived(secret, _FOR_SEALING) for secret in secrets}
         if len(self._keys) < len(set(secrets)):
             raise ConfigurationError("two of the sealing keys have one id: make another one")
-        self._header, self._key = next(iter(self._keys.items()))
+        header, key = next(iter(self._keys.items()))
+        self._header, self._key = (header, key) if seals else (b"", b"")
         self._accepts_unsealed = accept_unsealed
         self._random = random
         self._encrypt, self._decrypt = cipher()
@@ -128,6 +134,8 @@ class SealingKeyRing:
 
     def seal(self, data: bytes, session_id: bytes, field: bytes) -> bytes:
         """What to store of data, 48 bytes more."""
+        if not self._header:
+            return data
         header, nonce = self._header, self._random(NONCE_BYTES)
         return header + nonce + self._encrypt(data, header + session_id + field, nonce, self._key)
 
@@ -144,7 +152,7 @@ class SealingKeyRing:
 
 
 def sealing_key_ring(
-    sealing_key: SealingKey | Sequence[SealingKey] | None,
+    sealing_key: SealingKey | Sequence[SealingKey | None] | None,
     sign_key: SignKey | Sequence[SignKey],
     *,
     accept_unsealed: bool,
@@ -171,10 +179,10 @@ def sealing_key_ring(
     return ring
 
 
-def _spellings(keys: SignKey | Sequence[SignKey]) -> set[bytes]:
+def _spellings(keys: SignKey | Sequence[SignKey | None]) -> set[bytes]:
     """The bytes of keys, and of those in hexadecimal digits what they stand for."""
-    listed = [keys] if isinstance(keys, str | bytes) else keys
-    raw = {key.encode() if isinstance(key, str) else key for key in listed}
+    listed: Sequence[SignKey | None] = [keys] if isinstance(keys, str | bytes) else keys
+    raw = {key.encode() if isinstance(key, str) else key for key in listed if key is not None}
     texts = [key.decode("latin-1") for key in raw]
     return raw | {bytes.fromhex(text) for text in texts if _match_text(text)}
 
@@ -200,7 +208,8 @@ def _key_bytes(key: object) -> bytes:
         what = "characters" if isinstance(key, str) else "bytes"
         raise ConfigurationError(
             f"a sealing key is {KEY_BYTES} bytes, or a str of their {2 * KEY_BYTES} hexadecimal "
-            f"digits, not {len(key)} {what}: make one with `sessiongate keygen`"
+            f"digits, not {len(key)} {what}: make one with `sessiongate keygen`, and look whether "
+            "something is before or behind it, as a newline"
         )
     if not raw.strip(b"\0"):
         raise ConfigurationError(f"a sealing key is nothing but zeros{MISSING_HINT}")

@@ -4,7 +4,7 @@ A *value* is the application's; encoded it is *data*, which the limits count; *s
 gets: the data itself or, at a gate that seals, the data sealed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, cast
 
 from . import answers
@@ -47,8 +47,9 @@ class Values(Generic[In, Out]):
         if isinstance(codec, type) or not all(
             callable(getattr(codec, method, None)) for method in ("encode", "decode")
         ):
-            hint = ": make one, as in codec=JSONCodec()" if isinstance(codec, type) else ""
-            raise ConfigurationError(f"codec has the methods encode and decode{hint}")
+            raise ConfigurationError(
+                "codec is an object with the methods encode and decode, as in codec=JSONCodec()"
+            )
         self._codec = codec
         self._ring = ring
         self.seals = ring is not None
@@ -188,17 +189,21 @@ class Values(Generic[In, Out]):
 
         return read
 
-    def are_same(self, data: bytes, other: bytes, name: str, as_: Any = None) -> bool:
-        """Whether data is of the value that `other` was encoded from.
+    def are_same(self, data: bytes, other: bytes, name: str, types: Iterable[object]) -> bool:
+        """Whether data is of the value that `other` was encoded from, read as one of these types.
 
-        It need not be the same bytes, if others encoded it: there may be blanks in it.
+        It need not be the same bytes: others may have encoded it, with blanks in it; and what is
+        read as a type may have defaults that the data has not.
         """
         if data == other or self.is_bytes:
             return data == other
+        return any(self._encoded_anew(data, name, as_) == other for as_ in types)
+
+    def _encoded_anew(self, data: bytes, name: str, as_: object) -> bytes | None:
         try:
-            return self.encoded(decoded(self.decoder(as_), data, name), name) == other
+            return self.encoded(decoded(self.decoder(as_), data, name), name)
         except (PayloadDecodeError, ArgumentError):
-            return False
+            return None
 
     def _opened(self, stored: bytes, owner: bytes, field: bytes) -> bytes:
         if self._ring is None:

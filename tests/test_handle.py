@@ -986,16 +986,34 @@ def test_end_inside_of_the_block(gate: AnyGate) -> None:
         assert session.token is None
         assert session.expires_at is None
         assert dict(session) == {}
-        with pytest.raises(HandleError, match="ended"):
-            session["a"] = 3
-        with pytest.raises(HandleError, match="ended"):
-            session.renew(subject="alice")
         session.end()
         session.save()
+    assert session.token is None
     with pytest.raises(SessionNotFoundError):
         gate.touch(token)
-    with pytest.raises(HandleError, match="ended"), session:
-        pass
+
+
+@both
+@in_memory
+def test_another_session_after_the_end(gate: AnyGate) -> None:
+    """What is assigned after a session was ended starts another one, and so does a sign-in."""
+    token = gate.start(300, {"a": 1}, subject="alice")
+    with opened(gate, token) as session:
+        assert session.subject == "alice"
+        session.end()
+        assert session.subject is None
+        session["b"] = 2
+    assert session.token != token
+    assert gate.pall(str(session.token)) == {"b": 2}
+    assert gate.info(str(session.token)).subject is None
+    with opened(gate, session.token) as session:
+        session["c"] = 3
+        session.end()
+        session.renew(subject="bob")
+        session["d"] = 4
+    assert gate.pall(str(session.token)) == {"d": 4}
+    assert [info.id for info in gate.sessions("bob")] == [session.id]
+    assert gate.sessions("alice") == []
 
 
 @both
@@ -1556,11 +1574,12 @@ def test_what_is_shown_of_a_handle(gate: AnyGate) -> None:
     shown += [repr(session), str(session), f"{session}", repr(session.items())]
     session.renew()
     shown.append(repr(session))
-    assert set(shown) - {shown[4]} == {f"<{kind} {gate.verify(token)}>"}
+    session_id = gate.verify(token)
+    assert set(shown) - {shown[4]} == {f"<{kind} {session_id}>", f"<{kind} {session_id}, read>"}
     for secret in ("secret", "name of it", token[20:], str(session.token)[20:], "alice"):
         assert not [text for text in shown if secret in text]
     session.end()
-    assert repr(session) == f"<{kind} ended>"
+    assert repr(session) == f"<{kind} not started, read>"
     assert repr(opened(gate, None)) == f"<{kind} not started>"
 
 

@@ -13,7 +13,7 @@ import string
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -74,7 +74,7 @@ V2 = re.compile(r"v2\.([A-Za-z0-9]{16})\.([1-9][0-9]{0,17})\.([0-9a-f]{64})")
 LETTERS = string.ascii_letters + string.digits
 CODES = {
     *("IDTAKEN", "NOSESSION", "NOPAYLOAD", "CONFLICT", "NOCOUNTER", "OVERFLOW", "TOOMANY"),
-    "INCOMPLETE",
+    *("CHANGED", "INCOMPLETE"),
 }
 NOT_NOW = {"LOADING", "BUSY", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN"}
 
@@ -195,15 +195,27 @@ class Client:
     def renew(self, token: str, grace: int = 10, subject: str | None = None) -> str:
         if subject is None:
             return self.send_renew(token, grace, secrets.token_bytes(8))
-        generation = self.verify(token).generation + 1
-        if self.sealing_key:
-            return self.move(token, subject)
-        try:
-            return self.enroll(subject, generation=generation, source=token)
-        except RefusedError as error:
-            if error.code != "CROSSSLOT":
-                raise
-        return self.move(token, subject)
+        while True:
+            try:
+                return self.sign_in(token, subject)
+            except RefusedError as error:
+                if error.code == "CROSSSLOT":
+                    return self.move(token, subject)
+                if error.code != "CHANGED":
+                    raise
+
+    def sign_in(self, token: str, subject: str) -> str:
+        """Give the session to the subject in one step, as of now if its payloads are sealed."""
+        session_id, generation, _ = self.verify(token)
+        held = self.export(token)[3:] if self.sealing_key else None
+        new_id = draw_in(slot_of(index_of(subject)))
+        return self.enroll(
+            subject,
+            generation=generation + 1,
+            source=token,
+            session_id=new_id,
+            replaced=None if held is None else self.replacing(held, session_id, new_id),
+        )
 
     def send_renew(self, token: str, grace: int, nonce: bytes) -> str:
         session_id, generation, _ = self.verify(token)
@@ -233,7 +245,6 @@ class Client:
             *(subject, ttl, idle, started, generation + 1),
             fields=copied,
             session_id=ids[0],
-            copy_of=session_id,
             pends=len(ids) > 1,
         )
         try:
@@ -257,6 +268,11 @@ class Client:
             data = unseal(self.sealing_key, session_id, name, stored[digits:])
             sealed += [held, stored[:digits] + seal(self.sealing_key, new_id, name, data)]
         return sealed
+
+    def replacing(self, fields: list[bytes], session_id: str, new_id: str) -> list[bytes]:
+        """Of each payload its field, what `export` returned, and what is to stand there."""
+        anew = couples(self.sealed_anew(fields, session_id, new_id))
+        return triples((held, stored, anew[held]) for held, stored in couples(fields).items())
 
     def export(self, token: str, taker: bytes = b"") -> list[bytes]:
         return items(self.ask("export", token, taker))
@@ -329,13 +345,13 @@ class Client:
         source: str | None = None,
         fields: list[bytes] | None = None,
         session_id: str = "",
-        copy_of: str = "",
+        replaced: list[bytes] | None = None,
         pends: bool = False,
     ) -> str:
         session_id = session_id or draw_in(slot_of(index_of(subject)))
         token = self.sign(session_id, generation)
         words = (ttl, idle, started, source, fields or [])
-        self.send_enroll(token, subject, *words, again=False, copy_of=copy_of, pends=pends)
+        self.send_enroll(token, subject, *words, again=False, replaced=replaced, pends=pends)
         return token
 
     def send_enroll(  # noqa: PLR0913, PLR0917  # likewise
@@ -349,14 +365,14 @@ class Client:
         fields: list[bytes],
         *,
         again: bool,
-        copy_of: str = "",
+        replaced: list[bytes] | None = None,
         pends: bool = False,
     ) -> None:
         session_id, generation, fingerprint = self.verify(token)
         if pends:
             fields = [*fields, b"pending", b"1"]
         keys = [key_of(session_id), index_of(subject), tries_of(session_id)]
-        source_id, _, source_fingerprint = self.verify(source) if source else (copy_of, 0, b"")
+        source_id, _, source_fingerprint = self.verify(source) if source else ("", 0, b"")
         if source:
             keys.append(key_of(source_id))
         subs = self.subs(subject)
@@ -369,7 +385,8 @@ class Client:
                 *(number(generation), source_fingerprint, source_id.encode()),
                 *(number(0 if pends else self.limit), b"1" if self.evicts else b"0"),
                 *(number(len(subs)), number(len(entries)), number(len(fields) // 2)),
-                *(*subs, *entries, *fields),
+                b"" if replaced is None else number(len(replaced) // 3),
+                *(*subs, *entries, *fields, *(replaced or [])),
             )
             if not answer:
                 return
@@ -553,6 +570,10 @@ def field(name: str) -> bytes:
 
 def pairs(payloads: dict[str, bytes]) -> list[bytes]:
     return [word for name, data in payloads.items() for word in (field(name), data)]
+
+
+def triples(payloads: Iterable[tuple[bytes, bytes, bytes]]) -> list[bytes]:
+    return [word for payload in payloads for word in payload]
 
 
 def couples(words: list[bytes]) -> dict[bytes, bytes]:
@@ -799,12 +820,19 @@ def all_renewals(client: Client, token: str) -> str:
     with refused("NOSESSION"):
         client.send_renew(new, 0, b"another")
     signed_in = client.renew(newest, subject="bob")
-    moved = client.move(signed_in, "carol")
-    for dead in (token, new, newest, signed_in):
+    held = couples(client.export(signed_in)[3:])
+    replaced = triples((each, data, b"anew") for each, data in held.items())
+    with refused("CHANGED"):
+        client.enroll("bob", generation=4, source=signed_in, replaced=replaced[3:])
+    again = client.enroll("bob", generation=4, source=signed_in, replaced=replaced)
+    assert client.pall(again) == {"a": b"anew", "b": b"anew", "n": b"anew"}
+    client.pset_many(again, {each[1:].decode(): data for each, data in held.items()})
+    moved = client.move(again, "carol")
+    for dead in (token, new, newest, signed_in, again):
         with refused("NOSESSION"):
             client.pget(dead, "a")
     assert client.pall(moved) == {"a": b"1", "b": b"4", "n": b"one"}
-    assert client.info(moved)[4:7] == (None, 4, "carol")
+    assert client.info(moved)[4:7] == (None, 5, "carol")
     return moved
 
 
@@ -1112,7 +1140,7 @@ def test_a_call_that_lost_words_is_incomplete(client: Client, server: Server, na
         admin.pexpire(key, 20_000)
         before = admin.hgetall(key)
         # As of a request whose number of words lost a digit: what is last now is no echo.
-        for length in range(counts, len(words) + 1):
+        for length in range(1, len(words) + 1):
             request = (b"EVAL", SCRIPTS[name], b"1", key, fingerprint, *words[:length])
             assert client.exchange(client.port, *request) == (b"-", b"INCOMPLETE " + request[-1])
         for at in range(counts):
@@ -1338,11 +1366,94 @@ def test_what_changes_while_a_sealed_session_moves_is_sealed_anew(
     assert client.verify(moved).session_id == changed[-1]
 
 
+@pytest.mark.parametrize("names", [(), ("a", "b")])
+def test_what_is_stored_while_a_sealed_session_signs_in_is_read_again(
+    client: Client, server: Server, names: tuple[str, ...]
+) -> None:
+    """What comes between export and enroll makes it CHANGED; the client reads again, and has it."""
+    gate = SessionGate(server.client(), sign_key=SIGN_KEY, sealing_key=SEALING_KEY)
+    client.sealing_key = SEALING_KEY
+    token = gate.start(300, dict.fromkeys(names, "1"))
+    exports = []
+
+    def export(token: str, taker: bytes = b"") -> list[bytes]:
+        read = Client.export(client, token, taker)
+        exports.append(read)
+        if len(exports) == 1:
+            gate.pset_many(token, {"c": "6"}, delete=names[:1])
+        elif len(exports) == 2:
+            gate.pset(token, "c", "7", ttl=100)
+        return read
+
+    client.export = export  # type: ignore[method-assign]  # that is the moment
+    new = client.renew(token, subject="zoë")
+    assert gate.pall(new) == dict.fromkeys(names[1:], b"1") | {"c": b"7"}
+    assert len(exports) == 3
+    assert [info.id for info in gate.sessions("zoë")] == [client.verify(new).session_id]
+
+
+def test_a_sealed_sign_in_that_is_sent_again(client: Client, server: Server) -> None:
+    """Its repetition leaves what the first made; after IDTAKEN all is sealed for another id."""
+    gate = SessionGate(server.client(), sign_key=SIGN_KEY, sealing_key=SEALING_KEY)
+    client.sealing_key = SEALING_KEY
+    ids = [draw_in(slot_of(index_of("zoë"))) for _ in range(2)]
+    token = gate.start(300, {"a": "1", "b": "2"})
+    session_id, fields = client.verify(token).session_id, client.export(token)[3:]
+
+    def send(new_id: str, *, again: bool) -> str:
+        new = client.sign(new_id, 1)
+        words = (b"", b"", b"", token, list[bytes]())
+        replaced = client.replacing(fields, session_id, new_id)
+        client.send_enroll(new, "zoë", *words, again=again, replaced=replaced)
+        return new
+
+    for again in (True, False):  # the first try was lost, or comes late
+        with refused("IDTAKEN"):
+            send(ids[0], again=again)
+    assert gate.pall(token) == {"a": b"1", "b": b"2"}
+    new = send(ids[1], again=False)
+    gate.pset(new, "a", "3")
+    before = raw_fields(server, ids[1])
+    assert send(ids[1], again=True) == new
+    assert raw_fields(server, ids[1]) == before
+    assert gate.pall(new) == {"a": b"3", "b": b"2"}
+    with refused("NOSESSION"):
+        client.touch(token)
+
+
+def raw_fields(server: Server, session_id: str) -> object:
+    with server.client() as admin:
+        return admin.hgetall(key_of(session_id))
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_sealed_session_moves_to_another_slot(
+    cluster: Cluster, cluster_client: Client, limit: int
+) -> None:
+    """On a cluster CROSSSLOT sends it the way of copies, sealed for the id that it gets at last."""
+    client = cluster_client
+    client.sealing_key, client.limit = SEALING_KEY, limit
+    with RedisCluster("127.0.0.1", cluster.port, protocol=2) as redis:
+        gate = SessionGate(redis, sign_key=SIGN_KEY, sealing_key=SEALING_KEY)
+        token = gate.start(300, {"a": "1"}, subject="alice")
+        gate.pset(token, "timed", "2", ttl=100)
+        with refused("CROSSSLOT"):
+            client.sign_in(token, "zoë")
+        new = client.renew(token, subject="zoë")
+        assert gate.pall(new) == {"a": b"1", "timed": b"2"}
+        assert gate.info(new).generation == 1
+        # In the same slot it is one step: it neither is copied nor pends.
+        last = client.sign_in(new, "zoë")
+        assert gate.pall(last) == {"a": b"1", "timed": b"2"}
+        assert [info.id for info in gate.sessions("zoë")] == [client.verify(last).session_id]
+        assert gate.sessions("alice") == []
+
+
 @pytest.mark.parametrize("evicts", [True, False])
 def test_a_session_that_is_the_subjects_takes_its_own_place(
     client: Client, server: Server, evicts: bool
 ) -> None:
-    """Moved within its subject, a session needs no other one to go, and is not refused."""
+    """At a full limit a session signs in as its own subject again: none goes, nor is it refused."""
     gate = SessionGate(
         server.client(),
         sign_key=SIGN_KEY,
@@ -1361,7 +1472,7 @@ def test_a_session_that_is_the_subjects_takes_its_own_place(
 
 
 def test_a_sealed_session_that_does_not_open_stays(client: Client, server: Server) -> None:
-    """If a payload does not open, nothing is moved, and the session is as it was."""
+    """If a payload does not open, nobody signs in, and the session is as it was."""
     gate = SessionGate(server.client(), sign_key=SIGN_KEY, sealing_key=SEALING_KEY)
     client.sealing_key = SEALING_KEY
     token = gate.start(300, {"a": "1"})
@@ -1802,9 +1913,21 @@ def version(server: Server) -> int:
         return int(admin.info("server")["redis_version"].split(".")[0])
 
 
+def replacing_sign_in(client: Client) -> Callable[[str, str], str]:
+    """What gives a session to a subject with its payloads replaced."""
+
+    def sign_in(token: str, subject: str) -> str:
+        held = couples(client.export(token)[3:])
+        replaced = triples((each, data, b"anew") for each, data in held.items())
+        return client.enroll(subject, generation=1, source=token, replaced=replaced)
+
+    return sign_in
+
+
 def test_a_server_without_memory(own_client: Client, own_server: Server) -> None:
     """OOM comes as the page shows it for the version, with the echo; nothing is written."""
     client = own_client
+    sealed_sign_in = replacing_sign_in(client)
     token = client.start(300, {"user": b"x"})
     with own_server.client() as admin:
         admin.config_set("maxmemory", 1)
@@ -1821,6 +1944,7 @@ def test_a_server_without_memory(own_client: Client, own_server: Server) -> None
         (client.pincr, "n"),
         (client.renew,),
         (client.renew, 10, "zoë"),
+        (sealed_sign_in, "zoë"),
         (client.move, "zoë"),
         (client.import_fields, b":user", b"y"),
     ):
@@ -1857,6 +1981,7 @@ def read_only(*, broken_off: bool = False) -> "pytest.RaisesExc[RefusedError]":
 def test_a_server_that_became_a_replica(own_client: Client, own_server: Server) -> None:
     """READONLY comes from every script that writes, found as the page says."""
     client = own_client
+    sealed_sign_in = replacing_sign_in(client)
     token = client.start(300, {"user": b"x", "n": b"1"})
     of_zoe = client.start(300, {}, "zoë")
     used = client.start(300, {}, idle=1)
@@ -1868,6 +1993,7 @@ def test_a_server_that_became_a_replica(own_client: Client, own_server: Server) 
         (client.expire, 0),
         (client.renew,),
         (client.renew, 10, "zoë"),
+        (sealed_sign_in, "zoë"),
         (client.pset, "user", b"y"),
         (client.pset_if, "user", b"y"),
         (client.pset_many, {"user": b"y"}),

@@ -7,15 +7,15 @@ import itertools
 import re
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha1
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pytest
 from redis import Redis
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError, ResponseError, TryAgainError
 
 from sessiongate import keyspace, scripts
 
@@ -165,7 +165,7 @@ def test_every_redis_key_is_declared(name: str) -> None:
             assert re.fullmatch(sources[key], value), f"{key} is {value}"
     for of_list in {use for use in used if "[" in use}:
         assert name == "enroll", of_list
-        assert "keys[ARGV[14 + realms + i]] = KEYS[first + i]" in code(name)
+        assert "keys[ARGV[15 + realms + i]] = KEYS[first + i]" in code(name)
         assert "live[i] = {live[i], keys[live[i]]}" in code(name)
 
 
@@ -354,16 +354,33 @@ def enroll(
 ) -> Call:
     """Open a session of the subject, knowing of others."""
     args = [ttl, b"%d" % again, NONE, one.id, STARTED, b"0", NONE, NONE, *limit, b"1"]
-    listed = [b"%d" % len(others), b"1", SUB, *(other.entry for other in others)]
+    listed = [b"%d" % len(others), b"1", NONE, SUB, *(other.entry for other in others)]
     keys = [one.session, INDEX, one.tries, *(other.session for other in others)]
     return Call("enroll", keys, [TOKEN, *args, *listed, b":a", b"1"])
 
 
-def sign_in(one: New, source: New, again: bool = False, token: bytes = TOKEN) -> Call:
-    """Give the subject a session that is open."""
-    given = [NONE, b"%d" % again, NONE, one.id, NONE, b"2", token, source.id]
-    args = [OF_ZO, *given, b"5", b"1", b"1", b"0", b"0", SUB]
-    return Call("enroll", [one.session, INDEX, one.tries, source.session], args)
+# Of a payload its field, what stands there and what is to stand there.
+Replaced = tuple[bytes, bytes, bytes]
+
+
+def sign_in(  # noqa: PLR0913  # as many as there are to it
+    one: New,
+    source: New,
+    again: bool = False,
+    *others: New,
+    token: bytes = TOKEN,
+    replaced: Sequence[Replaced] | None = None,
+    limit: tuple[bytes, bytes] = (b"5", b"1"),
+) -> Call:
+    """Give the subject a session that is open, knowing of others."""
+    given = [NONE, b"%d" % again, NONE, one.id, NONE, b"2", token, source.id, *limit]
+    counts = [b"1", b"%d" % len(others), b"0", NONE if replaced is None else b"%d" % len(replaced)]
+    words = [SUB, *(other.entry for other in others), *itertools.chain(*(replaced or ()))]
+    keys = [one.session, INDEX, one.tries, source.session, *(other.session for other in others)]
+    return Call("enroll", keys, [OF_ZO, *given, *counts, *words])
+
+
+SEALED_ANEW: list[Replaced] = [(b":a", b"1", b"anew")]  # all that `start` stores
 
 
 def listed(*those: New) -> list[bytes]:
@@ -374,6 +391,7 @@ def calls() -> list[Call]:
     """One call of each script that succeeds, in an order in which they do, and some more."""
     first, second, third, fourth, fifth, *others = (new() for _ in range(8))
     by_export, by_expire, by_end = others
+    sealed, of_zo, older, another = (new() for _ in range(4))
     session = [first.session]
     return [
         Call("echo", [], []),
@@ -420,6 +438,18 @@ def calls() -> list[Call]:
         enroll(fourth, limit=(b"1", b"1")),
         enroll(fourth, third, limit=(b"1", b"1")),
         Call("end_one", [fourth.session, INDEX], [fourth.id, b"1", SUB]),
+        start(sealed),
+        Call("pset_if", [sealed.session], [TOKEN, b":b", b"2", NONE, NONE, b"0.0001"]),
+        sign_in(of_zo, sealed, replaced=SEALED_ANEW),
+        sign_in(of_zo, sealed, True, replaced=SEALED_ANEW),
+        Call("end_one", [of_zo.session, INDEX], [of_zo.id, b"0", SUB]),
+        start(sealed),
+        enroll(older),
+        *(
+            sign_in(another, sealed, False, *those, replaced=SEALED_ANEW, limit=(b"1", b"1"))
+            for those in ((), (older,))
+        ),
+        Call("end_one", [another.session, INDEX], [another.id, b"0", SUB]),
         enroll(fifth),
         Call("end_all", [INDEX, fifth.session], [NONE, *listed(fifth)]),
         Call("end_all", [INDEX], [NONE, *listed()]),
@@ -632,6 +662,7 @@ OPENINGS: dict[str, Callable[[New, New, bool], Call]] = {
     "start": lambda one, _, again: start(one, again),
     "enroll": lambda one, _, again: enroll(one, again=again),
     "sign-in": sign_in,
+    "sealed sign-in": lambda one, source, again: sign_in(one, source, again, replaced=SEALED_ANEW),
 }
 
 
@@ -675,7 +706,7 @@ def test_no_try_brings_a_session_back(
         assert opened == (first == 0)
         assert client.exists(one.session) == (opened and not ended)
         # A sign-in that moved nothing left the session as it was.
-        assert client.exists(source.session) == (opening != "sign-in" or not opened)
+        assert client.exists(source.session) == ("sign-in" not in opening or not opened)
 
 
 @pytest.mark.parametrize("opening", OPENINGS)
@@ -710,6 +741,430 @@ def test_a_start_that_was_refused_is_not_made_up_for(server: Server) -> None:
             with refused("IDTAKEN"):
                 held_up.run(client)
         assert client.exists(lost.session, one.session) == 0
+
+
+# --- payloads that are replaced ---
+
+
+def in_ms(milliseconds: int) -> bytes:
+    """An end of a payload, so far from now."""
+    return b"%013d" % (time.time() * 1000 + milliseconds)
+
+
+def everything(client: Redis) -> dict[object, object]:
+    """All that a server holds, but for when it ends."""
+    return {key: content(client, key) for key in client.scan_iter()}
+
+
+def content(client: Redis, key: bytes | str) -> object:
+    """What stands there, however it is encoded."""
+    if client.type(key) == b"hash":
+        return client.hgetall(key)
+    if client.type(key) == b"zset":
+        return client.zrange(key, 0, -1, withscores=True)
+    return client.dump(key)
+
+
+def put(client: Redis, one: New, fields: Mapping[bytes, bytes]) -> None:
+    """Write to a session past the scripts."""
+    for name, data in fields.items():
+        client.hset(one.session, name, data)
+
+
+def exported(client: Redis, one: New) -> list[Replaced]:
+    """A session's payloads as it tells them, each to become what says which it was."""
+    fields = items(Call("export", [one.session], [TOKEN, NONE]).run(client))[3:]
+    return [(name, held, anew(name, held)) for name, held in batched(fields)]
+
+
+def batched(fields: list[bytes]) -> list[tuple[bytes, bytes]]:
+    return list(zip(fields[::2], fields[1::2], strict=True))
+
+
+def anew(name: bytes, held: bytes) -> bytes:
+    """What is to stand there: the end, if it has one, is what it was."""
+    return (held[:13] if name.startswith(b";") else b"") + b"anew: " + name
+
+
+def payloads(client: Redis, one: New) -> dict[bytes, bytes]:
+    held = cast("dict[bytes, bytes]", client.hgetall(one.session))
+    return {name: data for name, data in held.items() if name[:1] in {b":", b";"}}
+
+
+FAR = in_ms(1_000_000)
+HELD = {b":a": b"1", b":b": b"\x00\xff" * 1000, b":": b"", b";t": FAR + b"2", b";u": FAR}
+
+
+def opened(client: Redis, idle: bytes = NONE) -> New:
+    """A session with payloads, with an end of their own and without."""
+    one = new()
+    start(one, idle=idle).run(client)
+    put(client, one, HELD)
+    return one
+
+
+def test_payloads_are_replaced_when_a_session_is_given_to_a_subject(server: Server) -> None:
+    """The session goes on under its new id with other data in each field, and else as it was."""
+    with server.client() as client:
+        for idle in (NONE, b"100"):
+            one, source = new(), opened(client, idle)
+            before, left = client.hgetall(source.session), client.pttl(source.session)
+            replaced = exported(client, source)
+            assert {name: held for name, held, _ in replaced} == HELD
+            assert sign_in(one, source, replaced=replaced).run(client) == b""
+            held = client.hgetall(one.session)
+            assert payloads(client, one) == {name: anew(name, data) for name, data in HELD.items()}
+            assert {name: held[name] for name in held if name not in HELD} == {
+                b"fp": OF_ZO + before[b"fp"][16:],
+                b"sub": SUB,
+                b"gen": b"2",
+            }
+            assert client.exists(source.session) == 0
+            assert left - 5_000 < client.pttl(one.session) <= left
+            assert client.zscore(INDEX, before[b"fp"][16:32] + one.id) is not None
+
+
+def test_a_session_without_payloads_has_none_to_be_replaced(server: Server) -> None:
+    """With none named, a session that has none is given to the subject, and one that has is not."""
+    with server.client() as client:
+        for held in ({}, {b";over": b"0" * 13}, {b":a": b"1"}, {b";a": FAR}):
+            one, source = new(), new()
+            start(source).run(client)
+            client.hdel(source.session, ":a")
+            put(client, source, held)
+            before = everything(client)
+            if exported(client, source):
+                with refused("CHANGED"):
+                    sign_in(one, source, replaced=[]).run(client)
+                assert everything(client) == before
+            else:
+                assert sign_in(one, source, replaced=[]).run(client) == b""
+                assert client.exists(source.session) == 0
+
+
+# What happens to a session between the reading of its payloads and the sign-in.
+CHANGES: dict[str, dict[bytes, bytes | None]] = {
+    "one more": {b":c": b"3"},
+    "one more that is timed": {b";c": FAR + b"3"},
+    "one less": {b":a": None},
+    "one less that is timed": {b";t": None},
+    "none": dict.fromkeys(HELD),
+    "other data": {b":a": b"2"},
+    "other data behind the same": {b":a": b"12"},
+    "no data": {b":a": b""},
+    "data where there was none": {b":": b"1"},
+    "other data of a timed one": {b";t": FAR + b"3"},
+    "another field": {b":a": None, b":c": b"1"},
+    "data of two fields exchanged": {b":a": HELD[b":b"], b":b": b"1"},
+    "timed by now": {b":a": None, b";a": FAR + b"1"},
+    "timed no more": {b";t": None, b":t": b"2"},
+    "timed no more, its end now data": {b";t": None, b":t": FAR + b"2"},
+    "another end": {b";t": b"%013d" % (int(FAR) + 1) + b"2"},
+    "an end with fewer digits": {b";t": FAR[1:] + b"2"},
+    "an end without digits": {b";t": b"x" * 13 + b"2"},
+    "over": {b";t": b"1" * 13 + b"2"},
+    "alive": {b";over": FAR + b"3"},
+    "another one in its place": {b":a": None, b";over": FAR + b"3"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changed_is_not_replaced(server: Server, change: str) -> None:
+    """If payloads are not those that were read, nothing is done; read again, they are replaced."""
+    one, older = new(), new()
+    with server.client() as client:
+        enroll(older).run(client)
+        source = opened(client)
+        client.hset(source.session, ";over", b"0" * 13 + b"3")
+        replaced = exported(client, source)
+        assert {name for name, _, _ in replaced} == set(HELD)
+        for name, data in CHANGES[change].items():
+            if data is None:
+                client.hdel(source.session, name)
+            else:
+                client.hset(source.session, name, data)
+        before, left = everything(client), client.pttl(source.session)
+        for others, limit in (((), b"5"), ((older,), b"1")):
+            with refused("CHANGED"):
+                sign_in(one, source, False, *others, replaced=replaced, limit=(limit, b"1")).run(
+                    client
+                )
+        assert everything(client) == before
+        assert left - 5_000 < client.pttl(source.session) <= left
+        now = exported(client, source)
+        assert now != replaced
+        call = sign_in(one, source, False, older, replaced=now, limit=(b"1", b"1"))
+        assert call.run(client) == b""
+        held = payloads(client, one)
+        assert {name: held[name] for name, _, _ in now} == {name: data for name, _, data in now}
+        assert client.exists(source.session, older.session) == 0
+
+
+WRONG: dict[str, list[Replaced]] = {
+    "one is named twice in the place of another": [(b":a", b"1", b"2"), (b":a", b"1", b"2")],
+    "one is not there": [(b":a", b"1", b"2"), (b":c", b"3", b"2")],
+    "one is over": [(b":a", b"1", b"2"), (b";over", b"0" * 13, b"2")],
+    "one is a field of the protocol": [(b":a", b"1", b"2"), (b"other", b"x", b"2")],
+    "one too many": [(b":a", b"1", b"2"), (b":b", b"2", b"2"), (b":c", b"3", b"2")],
+    "one too few": [(b":a", b"1", b"2")],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_only_a_sessions_own_payloads_are_replaced(server: Server, wrong: str) -> None:
+    """Whoever names other payloads than the session has, each of them once, replaces none."""
+    one, source = new(), new()
+    with server.client() as client:
+        start(source).run(client)
+        put(client, source, {b":b": b"2", b";over": b"0" * 13, b"other": b"x"})
+        before = everything(client)
+        with refused("CHANGED"):
+            sign_in(one, source, replaced=WRONG[wrong]).run(client)
+        assert everything(client) == before
+
+
+@pytest.mark.parametrize("over", [b"0" * 13, b"1" * 13 + b"2", b"", b"x", b"x" * 13, b"12345"])
+def test_what_is_over_does_not_hinder(server: Server, over: bytes) -> None:
+    """A payload whose end is over is not told, need not be named, and stays over."""
+    one = new()
+    with server.client() as client:
+        source = opened(client)
+        client.hset(source.session, ";over", over)
+        replaced = exported(client, source)
+        assert b";over" not in [name for name, _, _ in replaced]
+        assert sign_in(one, source, replaced=replaced).run(client) == b""
+        with refused("NOPAYLOAD"):
+            Call("pget", [one.session], [OF_ZO, b":over"]).run(client)
+
+
+def test_a_payload_that_ends_between_is_read_no_more(server: Server) -> None:
+    """One that was read and is over by the sign-in has changed; then the others are replaced."""
+    one = new()
+    with server.client() as client:
+        source = opened(client)
+        client.hset(source.session, ";short", in_ms(1_000) + b"3")
+        replaced = exported(client, source)
+        assert len(replaced) == len(HELD) + 1
+        time.sleep(1.1)
+        with refused("CHANGED"):
+            sign_in(one, source, replaced=replaced).run(client)
+        assert client.exists(one.session) == 0
+        assert sign_in(one, source, replaced=exported(client, source)).run(client) == b""
+
+
+def test_what_changed_is_told_only_to_who_opens_the_session(server: Server) -> None:
+    """Another fingerprint is NOSESSION, whatever it names; and to ask with the right one is use."""
+    one = new()
+    with server.client() as client:
+        source = opened(client, b"100")
+        client.pexpire(source.session, 20_000)
+        for replaced in (exported(client, source), [], SEALED_ANEW):
+            client.pexpire(source.session, 20_000)
+            with refused("NOSESSION"):
+                sign_in(one, source, token=NEWER, replaced=replaced).run(client)
+            assert client.pttl(source.session) <= 20_000
+        with refused("CHANGED"):
+            sign_in(one, source, replaced=SEALED_ANEW).run(client)
+        assert 99_000 < client.pttl(source.session) <= 100_000
+        assert payloads(client, source) == HELD
+
+
+def test_replacements_and_the_limit(server: Server) -> None:
+    """Until the sessions are known nothing is replaced, nor where the subject has too many."""
+    one, older = new(), new()
+    with server.client() as client:
+        source = opened(client)
+        enroll(older).run(client)
+        replaced, before = exported(client, source), everything(client)
+        for evicts in (b"0", b"1"):
+            call = sign_in(one, source, replaced=replaced, limit=(b"1", evicts))
+            assert call.run(client) == older.entry
+        with refused("TOOMANY"):
+            sign_in(one, source, False, older, replaced=replaced, limit=(b"1", b"0")).run(client)
+        assert everything(client) == before
+        call = sign_in(one, source, False, older, replaced=replaced, limit=(b"1", b"1"))
+        assert call.run(client) == b""
+        assert payloads(client, one) == {name: data for name, _, data in replaced}
+        assert set(everything(client)) == {one.session, INDEX}
+        assert [entry[16:] for entry in client.zrange(INDEX, 0, -1)] == [one.id]
+
+
+@pytest.mark.parametrize("evicts", [b"0", b"1"])
+def test_a_session_of_the_subject_is_replaced_in_its_own_place(
+    server: Server, evicts: bytes
+) -> None:
+    """At a full limit a session that is the subject's already signs in again, and nobody goes."""
+    source, older, one = new(), new(), new()
+    with server.client() as client:
+        for each in (older, source):
+            enroll(each).run(client)
+        call = sign_in(one, source, replaced=SEALED_ANEW, limit=(b"2", evicts))
+        assert call.run(client) == b""
+        assert payloads(client, one) == {b":a": b"anew"}
+        assert set(everything(client)) == {one.session, older.session, INDEX}
+        assert {entry[16:] for entry in client.zrange(INDEX, 0, -1)} == {one.id, older.id}
+
+
+def test_a_replacement_that_is_sent_again_leaves_what_came_since(server: Server) -> None:
+    """Once it ran, its repetition succeeds and replaces nothing, whatever was stored meanwhile."""
+    one = new()
+    with server.client() as client:
+        source = opened(client)
+        replaced = exported(client, source)
+        sign_in(one, source, replaced=replaced).run(client)
+        Call("pset", [one.session], [OF_ZO, b":a", b"since"]).run(client)
+        Call("pdel", [one.session], [OF_ZO, b":b", b"a nonce"]).run(client)
+        before = everything(client)
+        assert sign_in(one, source, True, replaced=replaced).run(client) == b""
+        with refused("IDTAKEN"):
+            sign_in(one, source, replaced=replaced).run(client)
+        assert everything(client) == before
+
+
+def test_a_full_server_replaces_nothing(own_server: Server) -> None:
+    """Without memory all stays as it was, the session and its payloads under the old id."""
+    one, other = new(), new()
+    with own_server.client() as client:
+        source = opened(client)
+        enroll(other).run(client)
+        replaced, before = exported(client, source), everything(client)
+        client.config_set("maxmemory", 1)
+        for others, limit in (((), b"5"), ((other,), b"1")):
+            call = sign_in(one, source, False, *others, replaced=replaced, limit=(limit, b"1"))
+            with pytest.raises(ResponseError, match=rf"command not allowed .*{ECHO.decode()}$"):
+                call.run(client)
+        assert everything(client) == before
+        client.config_set("maxmemory", 0)
+        assert sign_in(one, source, replaced=replaced).run(client) == b""
+        assert payloads(client, one) == {name: data for name, _, data in replaced}
+
+
+def test_a_sign_in_waits_for_a_slot_that_moves(cluster: Cluster) -> None:
+    """It names what is not there yet, so a slot that moves takes it later, replacements or not."""
+    slot = keyspace.slot_of(INDEX)
+    with cluster.server_of(slot).client() as client:
+        for replaced in (None, SEALED_ANEW):
+            one, source = new(), new()
+            start(source).run(client)
+            before = everything(client)
+            with moving(cluster, slot) as here, pytest.raises(TryAgainError):
+                sign_in(one, source, replaced=replaced).run(here)
+            assert everything(client) == before
+            sign_in(one, source, replaced=replaced).run(client)
+            assert payloads(client, one) == {b":a": b"anew" if replaced else b"1"}
+
+
+def test_a_sign_in_that_lost_words_is_incomplete(server: Server) -> None:
+    """If a digit of how many are replaced is missing, or words at the end, nothing is done."""
+    one, source = new(), new()
+    with server.client() as client:
+        start(source).run(client)
+        put(client, source, {b":%d" % number: b"1" for number in range(11)})
+        replaced = exported(client, source)
+        before, call = everything(client), sign_in(one, source, replaced=replaced)
+        assert call.args[14] == b"12"
+        for count in (b"1", b"2", b"", b"112", b"0", b"x"):
+            with refused("INCOMPLETE"):
+                call._replace(args=[*call.args[:14], count, *call.args[15:]]).run(client)
+        # As of a request whose number of words lost a digit, or some: what is last is its echo.
+        for length in range(14, len(call.args)):
+            with refused("INCOMPLETE"):
+                call._replace(args=call.args[:length]).run(client)
+        for fields in (call.args[14:], [NONE, *call.args[15:]]):  # the number of payloads as well
+            with refused("INCOMPLETE"):
+                call._replace(args=[*call.args[:13], b"1", *fields]).run(client)
+        assert everything(client) == before
+        assert call.run(client) == b""
+
+
+# --- payloads whose end is over ---
+
+# What may stand under `;` and is over: an end that has come, or none at all.
+OVER = [
+    *(b"0" * 13, b"1" * 13 + b"data", b"", b"x", b"12345", b"x" * 13, b"x" * 13 + b"data"),
+    *(
+        b"\xc1SG\x01" + b"\0" * 60,
+        b"-" + b"9" * 12 + b"data",
+        b"9" * 12 + b"x" + b"data",
+        b"\0" * 13,
+    ),
+    *(b" " * 13, b"1.5", b"\n"),
+]
+
+
+@pytest.mark.parametrize("over", OVER)
+def test_what_is_over_is_not_there_for_any_script(server: Server, over: bytes) -> None:
+    """A payload whose end is over, or that has none, is not there, and breaks no script off."""
+    one = new()
+    session, met = [one.session], set()
+    none: list[tuple[str, list[bytes]]] = [
+        ("pget", [b":x"]),
+        ("ppop", [b":x"]),
+        ("pdel", [b":x", b"a nonce"]),
+    ]
+    some: list[tuple[str, list[bytes]]] = [
+        ("pall", []),
+        ("open", [NONE]),
+        ("open", [b"3", b":x", b":a", b":y"]),
+    ]
+    with server.client() as client:
+        enroll(one).run(client)
+        client.hset(one.session, ";y", FAR + b"2")
+
+        def run(name: str, *args: bytes) -> bytes:
+            client.hset(one.session, ";x", over)
+            met.add(name)
+            return Call(name, session, [TOKEN, *args]).run(client)
+
+        for name, args in none:
+            with refused("NOPAYLOAD"):
+                run(name, *args)
+        assert client.hexists(one.session, ";x") == 0  # `pdel` met it
+        held = [b"a", b"1", b"y", b"2"]
+        assert items(run("pget_many", b":x", b":a", b":y")) == held
+        for name, args in some:
+            told = items(run(name, *args))[6 if name == "open" else 0 :]
+            assert sorted(batched(told)) == sorted(batched(held))
+        sizes = sorted(batched([b"a", b"1", b"y", b"1"]))
+        assert sorted(batched(items(run("info"))[6:])) == sizes
+        _, entry, facts = items(Call("sessions", [INDEX, *session], listed(one)).run(client))
+        assert entry == one.entry
+        assert sorted(batched(items(facts)[6:])) == sizes
+        assert sorted(batched(items(run("export", NONE))[3:])) == [
+            (b":a", b"1"),
+            (b";y", FAR + b"2"),
+        ]
+        for condition, expected in ((b"match", NONE), (b"match", over), (b"match", over[13:])):
+            with refused("CONFLICT"):
+                run("pset_if", b":x", b"3", condition, expected, NONE)
+        for ttl in (NONE, b"100"):
+            run("pset_if", b":x", b"3", b"absent", NONE, ttl)
+            assert Call("pget", session, [TOKEN, b":x"]).run(client) == b"3"
+            client.hdel(one.session, ":x")
+        assert run("pincr", b":x", b"5") == b"5"
+        assert payloads(client, one) == {b":a": b"1", b":x": b"5", b";y": FAR + b"2"}
+        client.hdel(one.session, ":x")
+        run("pset_many", b"0", b"1", b":x")
+        run("pset", b":x", b"3")
+        run("pset_many", b"1", b"0", b":x", b"4")
+        assert client.hget(one.session, ":x") == b"4"
+        client.hset(one.session, ";x", over)
+        taken = items(take(one).run(client))
+        assert b";x" not in taken[3::2]
+    assert met >= {
+        name for name in SOURCES if "';' .. " in code(name) or "== ';'" in code(name)
+    } - {*("enroll", "import", "sessions")}
+
+
+def test_what_is_over_goes_when_there_are_many(server: Server) -> None:
+    """At 16 fields a conditional store forgets what is over, and what has no end as well."""
+    one = new()
+    with server.client() as client:
+        start(one).run(client)
+        put(client, one, {b";%d" % number: over for number, over in enumerate(OVER[:13])})
+        Call("pset_if", [one.session], [TOKEN, b":y", b"2", NONE, NONE, b"100"]).run(client)
+        assert {name[:2] for name in payloads(client, one)} == {b":a", b";y"}
 
 
 # --- an end that is sent again ---

@@ -25,6 +25,8 @@ from sessiongate import (
     SessionNotFoundError,
 )
 from sessiongate.arguments import names_arg
+from sessiongate.command import Command
+from sessiongate.sealing import SealingKeyRing
 from tests.conftest import FLAVOURS, SIGN_KEY, Blocking, Flavour
 from tests.faults import DIRECTIONS, FAULTS, Direction, Fault, FaultProxy, Passed
 from tests.servers import Server, server_binaries
@@ -49,6 +51,9 @@ _PAYLOADS = {"user": b"John Doe", "count": b"41", "cart": b"[]"}
 _MANY = {f"name{number}": b"%d" % number for number in range(60)}
 _HEAD = 12  # bytes: the number of arguments and more
 _THEIRS = {"user": b"Jane Roe"}
+
+_SEALING_KEY = bytes(range(32))
+_RING = SealingKeyRing(_SEALING_KEY)
 
 # What a connection that is lost, cut or silent becomes. Anything else was not foreseen.
 _LOST = (ConnectionError, TimeoutError)
@@ -99,16 +104,22 @@ class Scene:
     token: str
     second: str  # alice's other one, if the operation asks for her
     theirs: str
+    payloads: Mapping[str, bytes]  # of mine
 
     def id_of(self, token: str) -> str:
         return self.gate.verify(token)
+
+    @property
+    def seals(self) -> bool:
+        """Whether the payloads of mine are sealed."""
+        return self.gate._commands.values.seals
 
     @property
     def ids(self) -> set[str]:
         return {self.id_of(token) for token in (self.token, self.second, self.theirs) if token}
 
     def before(self) -> World:
-        mine = Held(_PAYLOADS, "alice" if self.second else "")
+        mine = Held(self.payloads, "alice" if self.second else "")
         world = {self.id_of(self.token): mine, self.id_of(self.theirs): Held(_THEIRS, "bob")}
         return world | ({self.id_of(self.second): mine} if self.second else {})
 
@@ -143,6 +154,8 @@ class Operation(NamedTuple):
     of_alice: bool = False
     connects: bool = False  # first, and it is there that the faults strike
     head: int | None = None  # only in so many bytes of its request
+    seals: bool = False  # it is given a gate that does
+    payloads: Mapping[str, bytes] = _PAYLOADS  # of the session that it is about
 
 
 def _returns(expected: object) -> IsRight:
@@ -206,6 +219,29 @@ def _tells_and_holds(*names: str) -> IsRight:
     return is_right
 
 
+def _sign_in(gate: SessionGate, scene: Scene) -> object:
+    """What a gate that seals sends: it reads the session, and has its payloads replaced."""
+    return gate._run(scene.gate._commands.renew(scene.token, None, "carol", 0))
+
+
+def _replace(gate: SessionGate, scene: Scene) -> object:
+    """The second step of that alone."""
+    export = scene.gate._commands.renew(scene.token, None, "carol", 0)
+    answer = scene.gate._run(export._replace(decode=lambda answer: answer.decode("latin-1")))
+    enroll = export.decode(answer.encode("latin-1"))
+    assert isinstance(enroll, Command)
+    return gate._run(enroll)
+
+
+_SIGN_IN = Operation(
+    _sign_in,
+    _opens_new,
+    lambda scene, world: {
+        **scene.without(world, scene.token),
+        NEW: Held(scene.payloads, "carol", 1),
+    },
+    seals=True,
+)
 _PGET = Operation(lambda gate, scene: gate.pget(scene.token, "user"), _returns(b"John Doe"))
 _PSET = Operation(
     lambda gate, scene: gate.pset(scene.token, "cart", "[1]"),
@@ -257,6 +293,7 @@ OPERATIONS: dict[str, Operation] = {
             NEW: Held(_PAYLOADS, "carol", 1),
         },
     ),
+    "sealed renew with a subject": _SIGN_IN,
     "expire": _EXPIRE,
     "expire of a subject's": _EXPIRE._replace(of_alice=True),
     "pset": _PSET,
@@ -340,6 +377,7 @@ OPERATIONS: dict[str, Operation] = {
         repeats=False,
         head=_HEAD,
     ),
+    "replacement of many": _SIGN_IN._replace(call=_replace, head=_HEAD, payloads=_MANY),
     "open with many names": Operation(
         _open(("user", *_MANY)), _tells_and_holds("user"), head=_HEAD
     ),
@@ -407,6 +445,7 @@ class Player:
         self._client = Redis(port=server.port, db=database, protocol=2)
         stack.callback(self._client.close)
         self._direct = SessionGate(self._client, sign_key=SIGN_KEY)
+        self._sealing = SessionGate(self._client, sign_key=SIGN_KEY, sealing_key=_SEALING_KEY)
         self._look = self._client.register_script(_LOOK)
         url = f"redis://127.0.0.1:{self._proxy.port}/{database}?socket_timeout={_TRY}"
         self._flavours = {name: Flavour(name) for name in FLAVOURS}
@@ -480,11 +519,14 @@ class Player:
 
     def _prepare(self, parts: Parts) -> Scene:
         self._client.flushdb()
-        direct = self._direct
-        subject = "alice" if parts[0].of_alice else None
-        token = direct.start(_TTL, _PAYLOADS, subject=subject)
-        second = direct.start(_TTL, _PAYLOADS, subject="alice") if subject else ""
-        return Scene(direct, token, second, direct.start(_TTL, _THEIRS, subject="bob"))
+        first = parts[0]
+        direct = self._sealing if first.seals else self._direct
+        subject = "alice" if first.of_alice else None
+        token = direct.start(_TTL, first.payloads, subject=subject)
+        second = direct.start(_TTL, first.payloads, subject="alice") if subject else ""
+        # The next call reads it, by a gate that does not seal.
+        theirs = self._direct.start(_TTL, _THEIRS, subject="bob")
+        return Scene(direct, token, second, theirs, first.payloads)
 
     def _connect(self, flavour: str, scene: Scene) -> None:
         """See to it that there is a connection, however slow the machine is."""
@@ -521,7 +563,8 @@ class Player:
                 its_id = key.partition(b"{")[2].rstrip(b"}").decode()
                 name = its_id if its_id in scene.ids or NEW in seen.world else NEW
                 fields = dict(zip(held[::2], held[1::2], strict=True))
-                seen.world[name] = _held(fields, ttl)
+                sealed_in = its_id if scene.seals and name != scene.id_of(scene.theirs) else ""
+                seen.world[name] = _held(fields, ttl, sealed_in)
                 seen.opens[name] = fields.get(b"fp", b"")[:16]
                 if name == NEW:
                     seen.listed.update({NEW} if its_id in seen.listed else ())
@@ -565,15 +608,22 @@ def _parts(name: str) -> Parts:
     return _TOGETHER if name == _BATCH else (OPERATIONS[name],)
 
 
-def _held(fields: dict[bytes, bytes], ttl: int) -> Held:
+def _held(fields: dict[bytes, bytes], ttl: int, sealed_in: str = "") -> Held:
+    """What a hash holds; of one that was sealed in a session the data, if it opens there."""
+
+    def data_of(name: str, stored: bytes) -> bytes:
+        if not sealed_in:
+            return stored
+        return _RING.open(stored, sealed_in.encode(), b":" + name.encode()) or b"not to be opened"
+
     payloads: dict[str, bytes] = {}
     timed = set()
     for field, data in fields.items():
         name = field[1:].decode()
         if field.startswith(b":"):
-            payloads[name] = data
+            payloads[name] = data_of(name, data)
         elif field.startswith(b";"):
-            payloads[name] = data[13:]
+            payloads[name] = data_of(name, data[13:])
             timed.add(name)
     subject = fields.get(b"sub", b"")[8:].decode()
     generation = int(fields.get(b"gen", b"0").partition(b" ")[0])
