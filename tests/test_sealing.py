@@ -1087,3 +1087,40 @@ def test_tampering_during_the_change_over(backend: Backend, client: Redis) -> No
             gate.pall(token)
     put(client, gate, token, b";user", b"9999999999999" + stored)
     assert gate.pall(token) == {"user": b"John Doe", "cart": b"[]"}
+
+
+@on_a_server
+@both_gates
+def test_a_change_over_that_rolls(backend: Backend) -> None:
+    """Processes that open and do not seal yet share every payload with their neighbouring steps."""
+    before = backend.gate()
+    opens = backend.gate(sealing_key=[None, NEW], accept_unsealed=True)
+    changing = backend.gate(sealing_key=NEW, accept_unsealed=True)
+    after = backend.gate(sealing_key=NEW)
+    token = before.start(300, {"user": "1", "cart": "[]"})
+    opens.pset(token, "user", "2", if_match="1")
+    assert before.pall(token) == {"user": b"2", "cart": b"[]"}
+    changing.pset(token, "user", "3", if_match="2")
+    assert opens.pall(token) == {"user": b"3", "cart": b"[]"}
+    opens.pset(token, "user", "4", if_match="3")
+    assert opens.pget(token, "user") == before.pget(token, "user") == b"4"
+    with pytest.raises(UnsealError):
+        after.pall(token)
+    signed_in = changing.renew(opens.renew(token, subject="alice"), subject="alice")
+    assert after.pall(signed_in) == opens.pall(signed_in) == {"user": b"4", "cart": b"[]"}
+    assert opens.pall(opens.renew(signed_in, subject="alice")) == {"user": b"4", "cart": b"[]"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "hint"),
+    [
+        ([None], "without keys"),
+        ([None, OLD], "needs accept_unsealed=True"),
+        ([OLD, None], "not NoneType"),
+        ([None, None, OLD], "not NoneType"),
+    ],
+)
+def test_where_none_may_stand(keys: list[str | None], hint: str) -> None:
+    """None stands before keys and nowhere else, and unsealed data has to be accepted then."""
+    with pytest.raises(ConfigurationError, match=hint):
+        SessionGate.from_url("memory://", sign_key=SIGN_KEY, sealing_key=keys)
