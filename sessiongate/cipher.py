@@ -43,6 +43,8 @@ def direct() -> Cipher:
 
     def encrypt(data: bytes, additional: bytes, nonce: bytes, key: bytes) -> bytes:
         size = len(data)
+        if len(nonce) != NONCE_BYTES or len(key) != KEY_BYTES:
+            raise ValueError("a nonce has 24 bytes and a key 32")  # libsodium reads as many
         to = new(characters, size + TAG_BYTES)
         if c_encrypt(to, null, data, size, additional, len(additional), null, nonce, key):
             raise AssertionError("libsodium always encrypts")  # pragma: no cover

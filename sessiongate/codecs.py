@@ -348,7 +348,7 @@ def _decoder_of(kind: Any, as_: Any) -> Callable[[bytes], Any]:
     inspect = import_module("msgspec.inspect")
     try:
         decode: Callable[[bytes], Any] = kind(as_).decode
-        known = not isinstance(inspect.type_info(as_), inspect.CustomType)
+        known = not _holds(inspect.type_info(as_), inspect.CustomType, set())
     except (TypeError, ValueError, NameError):
         known = False
     if not known:
@@ -358,3 +358,15 @@ def _decoder_of(kind: Any, as_: Any) -> Callable[[bytes], Any]:
             "msgspec.inspect.type_info(as_) may tell why this one is none"
         )
     return decode
+
+
+def _holds(told: Any, kind: type, seen: set[int]) -> bool:
+    """Whether what `msgspec.inspect` tells of a type has one of that kind in it."""
+    if isinstance(told, kind):
+        return getattr(told, "cls", None) is not object  # which is anything
+    if isinstance(told, tuple):
+        return any(_holds(each, kind, seen) for each in told)
+    if id(told) in seen or type(told).__module__ != "msgspec.inspect":
+        return False
+    seen.add(id(told))
+    return any(_holds(getattr(told, name), kind, seen) for name in told.__struct_fields__)

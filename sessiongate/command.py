@@ -95,6 +95,10 @@ class Command(NamedTuple, Generic[R]):
         # Arguments are fingerprints and payloads: not for logs.
         return f"<Command {self.script.name}>"
 
+    # Sentry shows the items of a tuple that has no such method, whatever its repr is.
+    def __sentry_repr__(self) -> str:
+        return repr(self)
+
     def awaits(self, reply: bytes) -> bool:
         """Whether replicas have to have what this reply tells of."""
         return self.replicas > 0 and (self.waits is None or self.waits(reply))

@@ -99,7 +99,8 @@ class Commands(Generic[In, Out]):
         session_id = self._keyspace.new_id()
         token, fingerprint = self._ring.sign(session_id)
         ttl, idle_timeout, payloads, _ = opening
-        fields = self.values.sealed(session_id, payloads)
+        session_key = self._keyspace.session_key(session_id)
+        fields = self.values.sealed(session_key, payloads)
 
         def recover(command: Command[str], error: Exception) -> Command[str] | None:
             # A slot that moves takes no new session, since that has two Redis keys.
@@ -110,7 +111,7 @@ class Commands(Generic[In, Out]):
 
         return Command(
             scripts.START,
-            (self._keyspace.session_key(session_id), self._keyspace.tries_key(session_id)),
+            (session_key, self._keyspace.tries_key(session_id)),
             (fingerprint, ttl, b"0", idle_timeout, counted(fields), *fields),
             lambda _: token,
             session_id,
@@ -229,7 +230,7 @@ class Commands(Generic[In, Out]):
     ) -> Command[None]:
         session_id, fingerprint, keys = self._session(token)
         values, field = self.values, field_arg(name)
-        stored = values.stored(session_id, field, values.encoded(value, name))
+        stored = values.stored(keys[0], field, values.encoded(value, name))
         args = (fingerprint, field, stored)
         if if_absent is False and if_match is ALWAYS and ttl is None:
             return Command(
@@ -253,12 +254,11 @@ class Commands(Generic[In, Out]):
         read_as = None if as_ is None and type(if_match) in _PLAIN else as_ or type(if_match)
 
         def is_same(held: bytes) -> bool:
-            opened = values.opened(session_id, field, held)
-            return values.are_same(opened, data, name, (None, read_as))
+            return values.are_same(values.opened(keys[0], field, held), data, name, read_as)
 
         return self._if_match(token, name, data, is_same, partial(store, b"match"))
 
-    def _if_match(
+    def _if_match(  # what `pset` knows of it
         self,
         token: str | bytes,
         name: str,
@@ -267,6 +267,8 @@ class Commands(Generic[In, Out]):
         store: Callable[[bytes], Command[None]],
     ) -> Command[None]:
         """Store if what is stored is of that data: what Redis compares are its bytes."""
+        session_id, fingerprint, keys = self._session(token)
+        args = (fingerprint, field_arg(name))
 
         def look(looks: int) -> Command[None]:
             def looked(answer: bytes) -> Command[None]:
@@ -281,7 +283,7 @@ class Commands(Generic[In, Out]):
                     look(looks - 1) if looks and isinstance(error, PayloadConflictError) else None
                 )
 
-            return self._read(token, (field_arg(name),), looked)
+            return Command(scripts.PGET_MANY, keys, args, looked, session_id, "", again)
 
         def recover(_: Command[None], error: Exception) -> Command[None] | None:
             # Others may have encoded the same to other bytes, as JSON with blanks in it.
@@ -305,23 +307,25 @@ class Commands(Generic[In, Out]):
         session_id, fingerprint, keys = self._session(token)
         if not set(deleted).isdisjoint(fields[::2]):
             raise ArgumentError("a payload is stored or deleted, not both")
-        stored = self.values.sealed(session_id, fields)
+        stored = self.values.sealed(keys[0], fields)
         args = (fingerprint, counted(fields), b"%d" % len(deleted), *stored, *deleted)
         return Command(scripts.PSET_MANY, keys, args, nothing, session_id, replicas=self._replicas)
 
     def pget(self, token: str | bytes, name: str, as_: Any = None) -> Command[Any]:
         session_id, fingerprint, keys = self._session(token)
         field = field_arg(name)
-        read = self.values.reader(session_id, field, name, as_)
+        read = self.values.reader(keys[0], field, name, as_)
         return Command(scripts.PGET, keys, (fingerprint, field), read, session_id, name, again)
 
     def pget_many(self, token: str | bytes, names: Iterable[str]) -> Command[dict[str, Out]]:
-        fields = names_arg(names)
-        return self._read(token, fields, self.values.mapping(self.verify(token)))
+        session_id, fingerprint, keys = self._session(token)
+        args = (fingerprint, *names_arg(names))
+        read = self.values.mapping(keys[0])
+        return Command(scripts.PGET_MANY, keys, args, read, session_id, "", again)
 
     def pall(self, token: str | bytes) -> Command[dict[str, Out]]:
         session_id, fingerprint, keys = self._session(token)
-        read = self.values.mapping(session_id)
+        read = self.values.mapping(keys[0])
         return Command(scripts.PALL, keys, (fingerprint,), read, session_id, "", again)
 
     def pdel(self, token: str | bytes, name: str) -> Command[None]:
@@ -342,7 +346,7 @@ class Commands(Generic[In, Out]):
     def ppop(self, token: str | bytes, name: str, as_: Any = None) -> Command[Any]:
         session_id, fingerprint, keys = self._session(token)
         field = field_arg(name)
-        read = self.values.reader(session_id, field, name, as_)
+        read = self.values.reader(keys[0], field, name, as_)
         args = (fingerprint, field)
         return Command(scripts.PPOP, keys, args, read, session_id, name, replicas=self._replicas)
 
@@ -356,6 +360,10 @@ class Commands(Generic[In, Out]):
         args = (fingerprint, field_arg(name), by_arg(by))
         return Command(scripts.PINCR, keys, args, int, session_id, name, replicas=self._replicas)
 
+    def session_key(self, token: str | bytes) -> bytes:
+        """The Redis key of the hash of the session that a token opens."""
+        return self._session(token)[2][0]
+
     def open(
         self, token: str | bytes, fields: tuple[bytes, ...] | None
     ) -> Command[tuple[SessionInfo, dict[bytes, bytes]]]:
@@ -367,13 +375,6 @@ class Commands(Generic[In, Out]):
             return answers.opened(session_id, answer)
 
         return Command(scripts.OPEN, keys, (fingerprint, *asked), told, session_id, "", again)
-
-    def _read(
-        self, token: str | bytes, fields: tuple[bytes, ...], decode: Callable[[bytes], Any]
-    ) -> Command[Any]:
-        session_id, fingerprint, keys = self._session(token)
-        args = (fingerprint, *fields)
-        return Command(scripts.PGET_MANY, keys, args, decode, session_id, "", again)
 
     def _session(self, token: str | bytes) -> tuple[str, bytes, tuple[bytes]]:
         session_id, fingerprint, _ = self._ring.verify(token)

@@ -3,9 +3,11 @@
 What was read, what is to be written, and the command for each; the gate runs it.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast, overload
 
@@ -15,7 +17,12 @@ from .arguments import field_arg, grace_arg, names_arg, subject_arg
 from .codecs import In, Out, T
 from .command import Command
 from .commands import Commands
-from .errors import HandleError, PayloadNotFoundError, UnderReplicatedError
+from .errors import (
+    HandleError,
+    PayloadNotFoundError,
+    SessionNotFoundError,
+    UnderReplicatedError,
+)
 from .subjects import Opening
 from .values import decoded
 
@@ -54,22 +61,24 @@ class _Payload:
 
     Attributes:
         field: its field in the session's hash.
-        owner: the id of the session that it was read from.
+        owner: the Redis key of the hash that it was read from.
         stored: what Redis has of it, until it was opened; None if it was assigned.
-        data: what the value was when it was read, or stored, encoded; None if it was not yet.
+        data: what Redis has of it, opened; None if it was assigned and is not stored yet.
+        before: what a value that was read as a type was then, encoded; None if it cannot be.
         value: what the application has in its hands.
         as_: the type that it was asked for.
     """
 
-    __slots__ = ("as_", "data", "field", "owner", "stored", "value")
+    __slots__ = ("as_", "before", "data", "field", "owner", "stored", "value")
 
     def __init__(
-        self, field: bytes, owner: str = "", stored: bytes | None = None, value: Any = _UNKNOWN
+        self, field: bytes, owner: bytes = b"", stored: bytes | None = None, value: Any = _UNKNOWN
     ) -> None:
         self.field = field
         self.owner = owner
         self.stored = stored
         self.data: bytes | None = None
+        self.before: bytes | None = None
         self.value = value
         self.as_: Any = None
 
@@ -82,6 +91,9 @@ class _Changes(NamedTuple):
 
     def __repr__(self) -> str:
         return "<_Changes>"
+
+    def __sentry_repr__(self) -> str:
+        return repr(self)
 
 
 _NO_CHANGES = _Changes({}, {})
@@ -101,7 +113,6 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         "_is_over",
         "_opening",
         "_payloads",
-        "_starts_for",
         "_subject",
         "_there",
         "_token",
@@ -123,7 +134,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         self._opening = opening
         if subject is not None:
             subject_arg(subject)
-        self._subject = self._starts_for = subject
+        self._subject = subject
         self._info: SessionInfo | None = None
         self._payloads: dict[str, _Payload] = {}
         self._deleted: dict[str, bytes] = {}
@@ -134,6 +145,10 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
     def __repr__(self) -> str:
         read = "" if self._there is None else ", read"
         return f"<{type(self).__name__} {self._id or 'not started'}{read}>"
+
+    # What reports errors with their variables would go through a mapping, and read the session.
+    def __sentry_repr__(self) -> str:
+        return repr(self)
 
     @property
     def token(self) -> str | None:
@@ -191,9 +206,18 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
                 the object that is returned now is the one of which changes are stored.
         """
         try:
-            return self._value(name, as_)
+            self._find(name)
         except KeyError:
             return default
+        return self._value(name, as_)
+
+    def __bool__(self) -> bool:
+        # Asked by `logging`, among others: it is no reason to read.
+        return True
+
+    # As objects are: to compare payloads would be to read them, and a handle may be in a set.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def __setitem__(self, name: str, value: In) -> None:  # type: ignore[override]  # may be more
         self._check_writable()
@@ -284,6 +308,8 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         if values.is_bytes and as_ is not None:
             return value  # nothing in it can be changed
         payload.value, payload.as_ = value, as_
+        if as_ is not None:
+            payload.before = values.encoded_or_none(value, name)
         return value
 
     def _data(self, name: str, payload: _Payload) -> bytes:
@@ -293,8 +319,10 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
             payload.data = opened(payload.owner, payload.field, payload.stored)
             payload.stored = None
         changed = self._change(name, payload)
-        # The value may have defaults that the data has not: that is no change.
-        return changed if changed is not None else payload.data or b""
+        if changed is None:
+            return payload.data or b""  # the value may have defaults that this has not
+        payload.data = None
+        return changed
 
     # What to send, and what to make of the answers.
 
@@ -303,13 +331,14 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
 
     def _was_read(self, answer: tuple[SessionInfo, dict[bytes, bytes]]) -> None:
         self._info, stored = answer
+        owner = self._commands.session_key(self._token or "")
         self._subject = self._info.subject
         self._there = set()
         for raw, data in stored.items():
             name = answers.text(raw)
             self._there.add(name)
             if name not in self._payloads and name not in self._deleted:
-                self._payloads[name] = _Payload(b":" + raw, self._info.id, data)
+                self._payloads[name] = _Payload(b":" + raw, owner, data)
 
     def _writing(self, subject: str | None = None) -> tuple[Command[Any], _Changes] | None:
         """What stores all changes, and these; None if there is nothing to store."""
@@ -340,10 +369,26 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         ):
             return None
         values = self._commands.values
-        data = values.encoded(payload.value, name)
         if payload.data is None:
-            return data
-        return None if values.are_same(payload.data, data, name, (payload.as_,)) else data
+            return values.encoded(payload.value, name)
+        data = values.encoded_or_none(payload.value, name)
+        if data is not None and data == payload.data:
+            return None
+        # Others may have encoded the same value to other bytes. What was read as a type is not
+        # decoded again: a default of it may be another one each time.
+        before = payload.before
+        if payload.as_ is None:
+            before = values.encoded_anew(payload.data, name)
+        if data is not None:
+            return None if data == before else data
+        if before is None and self._is_as_read(name, payload):
+            return None
+        return values.encoded(payload.value, name)  # which tells why it cannot be
+
+    def _is_as_read(self, name: str, payload: _Payload) -> bool:
+        """Whether a value that cannot be encoded is what was read: others may have stored it."""
+        read = decoded(self._commands.values.decoder(payload.as_), payload.data or b"", name)
+        return bool(read == payload.value)
 
     def _was_written(self, changes: _Changes, token: str | None) -> None:
         # Under asyncio another task may have gone on meanwhile: what it did is still to be stored.
@@ -351,7 +396,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
             if self._deleted.get(name) == field:
                 del self._deleted[name]
         for name, (payload, data) in changes.stored.items():
-            payload.data = data
+            payload.data = payload.before = data
             if name not in self._payloads:
                 self._deleted[name] = payload.field
         if self._there is not None:
@@ -390,8 +435,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         return None if self._token is None else self._commands.end(self._token)
 
     def _was_ended(self) -> None:
-        self._token = self._id = self._info = None
-        self._subject = self._starts_for
+        self._token = self._id = self._info = self._subject = None
         self._payloads, self._deleted, self._there = {}, {}, set()
 
 
@@ -459,7 +503,7 @@ class Session(_Handle[In, Out]):
         """
         if writing := self._writing():
             command, changes = writing
-            self._finish(command, lambda token: self._was_written(changes, token))
+            self._finish(command, partial(self._was_written, changes))
 
     def renew(self, *, grace: int | timedelta | None = None, subject: str | None = None) -> None:
         """Replace the token by a new one, at once, and say who signed in: as `SessionGate.renew`.
@@ -481,7 +525,7 @@ class Session(_Handle[In, Out]):
         """
         if renewing := self._renewing(grace, subject):
             command, changes = renewing
-            self._finish(command, lambda token: self._was_renewed(subject, changes, token))
+            self._finish(command, partial(self._was_renewed, subject, changes))
 
     def end(self) -> None:
         """End the session, at once; what was changed is not stored.
@@ -497,7 +541,11 @@ class Session(_Handle[In, Out]):
             None
         """
         if ending := self._ending():
-            self._finish(ending, lambda _: self._was_ended())
+            try:
+                self._run(ending)
+            except (SessionNotFoundError, UnderReplicatedError):
+                self._was_ended()  # it is over all the same
+                raise
         self._was_ended()
 
     def __enter__(self) -> Self:
@@ -544,7 +592,7 @@ class AsyncSession(_Handle[In, Out]):
         ['book']
     """
 
-    __slots__ = ("_run",)
+    __slots__ = ("_lock", "_run")
 
     def __init__(  # noqa: PLR0913  # a gate alone makes it
         self,
@@ -558,6 +606,7 @@ class AsyncSession(_Handle[In, Out]):
     ) -> None:
         super().__init__(commands, token, names, opening, subject)
         self._run = run
+        self._lock = asyncio.Lock()  # of several tasks, one after the other reads and stores
 
     async def load(self) -> Self:
         """Read the session, unless it was read before, as `Session.load`: what the mapping needs.
@@ -570,11 +619,12 @@ class AsyncSession(_Handle[In, Out]):
             >>> session.get("nothing"), list(session)
             (None, ['cart'])
         """
-        if self._is_unread():
-            if self._token is None:
-                self._there = set()
-            else:
-                self._was_read(await self._run(self._reading()))
+        async with self._lock:
+            if self._is_unread():
+                if self._token is None:
+                    self._there = set()
+                else:
+                    self._was_read(await self._run(self._reading()))
         return self
 
     async def save(self) -> None:
@@ -591,9 +641,10 @@ class AsyncSession(_Handle[In, Out]):
             >>> await gate.pget(token, "lang")
             'en'
         """
-        if writing := self._writing():
-            command, changes = writing
-            await self._finish(command, lambda token: self._was_written(changes, token))
+        async with self._lock:
+            if writing := self._writing():
+                command, changes = writing
+                await self._finish(command, partial(self._was_written, changes))
 
     async def renew(
         self, *, grace: int | timedelta | None = None, subject: str | None = None
@@ -608,9 +659,12 @@ class AsyncSession(_Handle[In, Out]):
             >>> session.subject
             'alice'
         """
-        if renewing := self._renewing(grace, subject):
-            command, changes = renewing
-            await self._finish(command, lambda token: self._was_renewed(subject, changes, token))
+        async with self._lock:
+            if renewing := self._renewing(grace, subject):
+                command, changes = renewing
+                await self._finish(
+                    command, lambda token: self._was_renewed(subject, changes, token)
+                )
 
     async def end(self) -> None:
         """End the session, at once, as `Session.end`.
@@ -623,9 +677,14 @@ class AsyncSession(_Handle[In, Out]):
             >>> print(session.token)
             None
         """
-        if ending := self._ending():
-            await self._finish(ending, lambda _: self._was_ended())
-        self._was_ended()
+        async with self._lock:
+            if ending := self._ending():
+                try:
+                    await self._run(ending)
+                except (SessionNotFoundError, UnderReplicatedError):
+                    self._was_ended()
+                    raise
+            self._was_ended()
 
     async def __aenter__(self) -> Self:
         self._enter()

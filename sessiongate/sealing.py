@@ -2,8 +2,8 @@ r"""How payloads are sealed so that Redis cannot read or change them, and by whi
 
     sealed = "\xc1SG" version(1) key id(4) nonce(24) ciphertext tag(16)
 
-XChaCha20-Poly1305, with what stands before the nonce, the session id and the payload's field as
-additional data: what was sealed opens in that session and under that name alone.
+XChaCha20-Poly1305, with what stands before the nonce, the Redis key of the session's hash and the
+payload's field as additional data: what was sealed opens in that session and under that name alone.
 """
 
 import os
@@ -96,6 +96,7 @@ class SealingKeyRing:
         "_key",
         "_keys",
         "_random",
+        "_seals",
     )
 
     def __init__(
@@ -112,7 +113,9 @@ class SealingKeyRing:
                 f"sealing_key is 32 bytes, or their 64 hexadecimal digits as a str, or a list of "
                 f"them, newest first, not {type_of_setting(sealing_key)}"
             )
-        seals = not (keys and keys[0] is None)
+        if not keys:
+            raise ConfigurationError("sealing_key is an empty list: give at least one, or None")
+        seals = keys[0] is not None
         secrets = [_key_bytes(key) for key in (keys if seals else keys[1:])]
         if not secrets:
             raise ConfigurationError("sealing_key is a list without keys: give one, or None alone")
@@ -123,8 +126,8 @@ class SealingKeyRing:
         self._keys = {_START + _id_of(secret): _derived(secret, _FOR_SEALING) for secret in secrets}
         if len(self._keys) < len(set(secrets)):
             raise ConfigurationError("two of the sealing keys have one id: make another one")
-        header, key = next(iter(self._keys.items()))
-        self._header, self._key = (header, key) if seals else (b"", b"")
+        self._header, self._key = next(iter(self._keys.items()))
+        self._seals = seals
         self._accepts_unsealed = accept_unsealed
         self._random = random
         self._encrypt, self._decrypt = cipher()
@@ -132,23 +135,38 @@ class SealingKeyRing:
     def __repr__(self) -> str:
         return f"<SealingKeyRing of {len(self._keys)}>"
 
-    def seal(self, data: bytes, session_id: bytes, field: bytes) -> bytes:
-        """What to store of data, 48 bytes more."""
-        if not self._header:
+    def seal(self, data: bytes, owner: bytes, field: bytes) -> bytes:
+        """What to store of data in that field of the hash at that Redis key: 48 bytes more."""
+        if not self._seals and not _looks_sealed(data):
             return data
         header, nonce = self._header, self._random(NONCE_BYTES)
-        return header + nonce + self._encrypt(data, header + session_id + field, nonce, self._key)
+        return header + nonce + self._encrypt(data, header + owner + field, nonce, self._key)
 
-    def open(self, sealed: bytes, session_id: bytes, field: bytes) -> bytes | None:
-        """The data that was sealed in that session, in that field; None if it was not."""
+    def open(self, sealed: bytes, owner: bytes, field: bytes) -> bytes | None:
+        """The data that was sealed for that field of that hash; None if it was not."""
         header = sealed[:_HEADER_BYTES]
         key = self._keys.get(header)
         if key is None:
-            # What begins as sealed data does is none, however little of it is left.
-            sealed_once = _MARK.startswith(sealed[: len(_MARK)])
-            return sealed if self._accepts_unsealed and not sealed_once else None
+            return sealed if self._accepts_unsealed and not _looks_sealed(sealed) else None
         nonce = sealed[_HEADER_BYTES:_NONCE_END]
-        return self._decrypt(sealed[_NONCE_END:], header + session_id + field, nonce, key)
+        return self._decrypt(sealed[_NONCE_END:], header + owner + field, nonce, key)
+
+    def reseal(self, sealed: bytes, owner: bytes, to: bytes, field: bytes) -> bytes | None:
+        """What to store of it in another hash; None if it was not sealed for this one.
+
+        What is sealed stays so, whether the ring seals new data or not.
+        """
+        data = self.open(sealed, owner, field)
+        if data is None or (data is sealed and not self._seals):
+            return data
+        nonce = self._random(NONCE_BYTES)
+        header = self._header
+        return header + nonce + self._encrypt(data, header + to + field, nonce, self._key)
+
+
+def _looks_sealed(data: bytes) -> bool:
+    """Whether it begins as sealed data does, however little of it is left."""
+    return _MARK.startswith(data[: len(_MARK)])
 
 
 def sealing_key_ring(
@@ -183,7 +201,7 @@ def _spellings(keys: SignKey | Sequence[SignKey | None]) -> set[bytes]:
     """The bytes of keys, and of those in hexadecimal digits what they stand for."""
     listed: Sequence[SignKey | None] = [keys] if isinstance(keys, str | bytes) else keys
     raw = {key.encode() if isinstance(key, str) else key for key in listed if key is not None}
-    texts = [key.decode("latin-1") for key in raw]
+    texts = [key.decode("latin-1").strip() for key in raw]
     return raw | {bytes.fromhex(text) for text in texts if _match_text(text)}
 
 

@@ -39,7 +39,7 @@ _MAX_LOOKS = 1000
 
 
 class Opening(NamedTuple):
-    """What a new session begins with, its payloads not sealed yet; or what one holds, as it is."""
+    """What a new session begins with, not sealed yet; or what one holds, as it is stored."""
 
     ttl: bytes
     idle_timeout: bytes
@@ -49,6 +49,9 @@ class Opening(NamedTuple):
     def __repr__(self) -> str:
         # Fields are payloads: not for tracebacks that show local variables.
         return "<Opening>"
+
+    def __sentry_repr__(self) -> str:
+        return repr(self)
 
 
 _PENDING = (b"pending", b"1")
@@ -77,8 +80,10 @@ class _Joining(NamedTuple):
     follow: "Callable[[_Drawn], Command[str]] | None" = None
     seal_for: str = ""  # the id that it is to have in the end, if another one
     redraw: "Callable[[int], Command[str]] | None" = None  # what to do if the id is taken
-    held: tuple[bytes, ...] | None = None  # what the source's payloads are, sealed for its own id
-    reread: "Callable[[], Command[str]] | None" = None  # what to do if they are not any more
+    moves_from: str = ""  # the id of the session that the payloads are stored in
+    reread: "Callable[[], Command[str]] | None" = (
+        None  # they stay there: what to do if they changed
+    )
 
 
 class _Payloads(NamedTuple):
@@ -90,6 +95,9 @@ class _Payloads(NamedTuple):
 
     def __repr__(self) -> str:
         return "<_Payloads>"
+
+    def __sentry_repr__(self) -> str:
+        return repr(self)
 
 
 class _Drawn(NamedTuple):
@@ -107,6 +115,9 @@ class _Drawn(NamedTuple):
     def __repr__(self) -> str:
         # A traceback that shows local variables must not hand out the token.
         return f"<_Drawn {self.session_id}>"
+
+    def __sentry_repr__(self) -> str:
+        return repr(self)
 
 
 class _Work(NamedTuple):
@@ -272,7 +283,7 @@ class Subjects:
             )
         index = self.index_key(raw)
         # What could not be the subject's is not asked for: on a cluster it may be elsewhere.
-        key = self._keyspace.session_key(session_id)
+        key = self._session_key(session_id)
         if slot_of(key) != slot_of(index):
             raise SessionNotFoundError(session_id, of_subject=True)
         args = (session_id.encode(), b"0", *self._subs(raw))
@@ -290,11 +301,14 @@ class Subjects:
         """The Redis key of a subject's index."""
         return self._keyspace.index_key(subject)
 
+    def _session_key(self, session_id: str) -> bytes:
+        return self._keyspace.session_key(session_id)
+
     def _keys(self, index: bytes, entries: Iterable[bytes]) -> tuple[bytes, ...]:
         return (index, *self._session_keys(entries))
 
     def _session_keys(self, entries: Iterable[bytes]) -> tuple[bytes, ...]:
-        return tuple([self._keyspace.session_key(answers.entry_id(entry)) for entry in entries])
+        return tuple([self._session_key(answers.entry_id(entry)) for entry in entries])
 
     def _subs(self, subject: bytes) -> tuple[bytes, ...]:
         """What a session of the subject holds, by the sign key that signed its token."""
@@ -308,11 +322,17 @@ class Subjects:
 
     def _drawn(self, session_id: str, joining: _Joining, draws: int) -> _Drawn:
         token, fingerprint = self._ring.sign(session_id, joining.generation)
-        fields = self._values.sealed(joining.seal_for or session_id, joining.opening.fields)
-        if joining.held is None:
-            payloads = _Payloads(counted(fields), b"", fields)
+        held, to = joining.opening.fields, self._session_key(joining.seal_for or session_id)
+        if joining.moves_from:
+            fields = self._values.moved(
+                self._session_key(joining.moves_from), to, held, strict=True
+            )
         else:
-            payloads = _replacing(joining.held, fields)
+            fields = self._values.sealed(to, held)
+        if joining.reread:
+            payloads = _replacing(held, fields)
+        else:
+            payloads = _Payloads(counted(fields), b"", fields)
         return _Drawn(session_id, token, fingerprint, draws - 1, payloads)
 
     def _join_as(
@@ -325,12 +345,12 @@ class Subjects:
     ) -> Command[str]:
         source, opening, follow = joining.source, joining.opening, joining.follow
         keys: tuple[bytes, ...] = (
-            self._keyspace.session_key(drawn.session_id),
+            self._session_key(drawn.session_id),
             joining.index_key,
             self._keyspace.tries_key(drawn.session_id),
         )
         if source:
-            keys = (*keys, self._keyspace.session_key(source.session_id))
+            keys = (*keys, self._session_key(source.session_id))
         subs = self._subs(joining.subject)
         args = (
             drawn.fingerprint,
@@ -374,9 +394,7 @@ class Subjects:
             if joining.reread and isinstance(error, PayloadConflictError):
                 return joining.reread()
             if source and isinstance(error, ClusterCrossSlotError):
-                return self._copied(
-                    source, joining._replace(opening=_AS_IT_IS, held=None, reread=None)
-                )
+                return self._copied(source, joining._replace(reread=None))
             return None
 
         session_id = source.session_id if source else drawn.session_id
@@ -401,13 +419,14 @@ class Subjects:
     ) -> Command[str]:
         def reread() -> Command[str]:
             if not looks:
-                raise _restless()
+                raise _restless("the session's payloads")
             return self._sealed_anew(source, joining, looks - 1)
 
         def read(answer: bytes) -> Command[str]:
-            held = _opening(answer).fields
-            opening = _AS_IT_IS._replace(fields=self._values.unsealed(source.session_id, held))
-            return self._join(joining._replace(opening=opening, held=held, reread=reread))
+            opening = _AS_IT_IS._replace(fields=_opening(answer).fields)
+            return self._join(
+                joining._replace(opening=opening, moves_from=source.session_id, reread=reread)
+            )
 
         return self._export(source, b"", read)
 
@@ -419,12 +438,12 @@ class Subjects:
 
     def _copied(self, source: Source, joining: _Joining) -> Command[str]:
         evicts = self._evicts == b"1" and joining.limit != b"0"
-        final = self._new_id(joining) if evicts else ""
-        old = Trace(self._keyspace.session_key(source.session_id), GONE)
+        final, pending = (self._new_id(joining), _PENDING) if evicts else ("", ())
+        old = Trace(self._session_key(source.session_id), GONE)
 
         def taken(drawn: _Drawn, held: tuple[bytes, ...]) -> str | Command[str]:
             if not evicts:
-                new = Trace(self._keyspace.session_key(drawn.session_id), drawn.fingerprint)
+                new = Trace(self._session_key(drawn.session_id), drawn.fingerprint)
                 return waited_for((new, old), joining.replicas, drawn.token)
             copied = Source(drawn.session_id, drawn.fingerprint, joining.generation)
 
@@ -442,15 +461,15 @@ class Subjects:
 
         def read(answer: bytes) -> Command[str]:
             opening = _opening(answer)
-            fields = self._values.unsealed(source.session_id, opening.fields)
 
             def follow(drawn: _Drawn) -> Command[str]:
                 seal_for = final or drawn.session_id
                 return self._take(source, opening.fields, drawn, seal_for, taken)
 
             copying = joining._replace(
-                opening=opening._replace(fields=(*fields, *_PENDING) if evicts else fields),
+                opening=opening._replace(fields=(*opening.fields, *pending)),
                 source=None,
+                moves_from=source.session_id,
                 limit=b"0" if evicts else joining.limit,
                 follow=follow,
                 seal_for=final,
@@ -467,7 +486,7 @@ class Subjects:
         seal_for: str,
         taken: Callable[[_Drawn, tuple[bytes, ...]], str | Command[str]],
     ) -> Command[str]:
-        keys = (self._keyspace.session_key(drawn.session_id),)
+        keys = (self._session_key(drawn.session_id),)
 
         def gone(_: bytes) -> str:
             raise SessionNotFoundError(source.session_id)
@@ -496,15 +515,16 @@ class Subjects:
         then: str | Command[str],
     ) -> Command[str]:
         """Make the copy's payloads what the source held in the end."""
-        keys = (self._keyspace.session_key(drawn.session_id),)
-        fields = self._values.moved(source.session_id, seal_for, held)
+        keys = (self._session_key(drawn.session_id),)
+        old, new = self._session_key(source.session_id), self._session_key(seal_for)
+        fields = self._values.moved(old, new, held, strict=False)
         args = (drawn.fingerprint, counted(fields), *fields)
         return Command(scripts.IMPORT, keys, args, lambda _: then, source.session_id)
 
     def _export(
         self, source: Source, taker: bytes, read: Callable[[bytes], str | Command[str]]
     ) -> Command[str]:
-        keys = (self._keyspace.session_key(source.session_id),)
+        keys = (self._session_key(source.session_id),)
         args = (source.fingerprint, taker)
         return Command(scripts.EXPORT, keys, args, read, source.session_id, repeat=again)
 
@@ -527,7 +547,7 @@ def _same(fields: tuple[bytes, ...], others: tuple[bytes, ...]) -> bool:
     return pairs == dict(zip(others[::2], others[1::2], strict=True))
 
 
-def _restless() -> SessionGateError:
+def _restless(what: str = "the subject's sessions") -> SessionGateError:
     return SessionGateError(
-        f"the subject's sessions changed {_MAX_LOOKS} times while they were looked at: try again"
+        f"{what} changed {_MAX_LOOKS} times while they were looked at: try again"
     )

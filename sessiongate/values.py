@@ -4,7 +4,7 @@ A *value* is the application's; encoded it is *data*, which the limits count; *s
 gets: the data itself or, at a gate that seals, the data sealed.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, cast
 
 from . import answers
@@ -81,6 +81,7 @@ class Values(Generic[In, Out]):
             reason = type(error).__name__
         else:
             return data_arg(data, name)
+        del value  # it may have been sealed, and a traceback may show variables
         raise ArgumentError(f"{self.codec_type.__name__} cannot encode payload {name!r}: {reason}")
 
     def decoder(self, as_: Any) -> Callable[[bytes], Any]:
@@ -101,57 +102,65 @@ class Values(Generic[In, Out]):
         """Field and data of each payload, one behind the other."""
         return payloads_arg(payloads, self.encoded)
 
-    def sealed(self, session_id: str, fields: tuple[bytes, ...]) -> tuple[bytes, ...]:
-        """What to store in that session's fields of payloads; its other fields stay as they are."""
+    def sealed(self, owner: bytes, fields: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """What to store in a session's fields of payloads; its other fields stay as they are.
+
+        Args:
+            owner: the Redis key of the session's hash.
+            fields: field and data, one behind the other.
+        """
         ring = self._ring
         if ring is None:
             return fields
-        owner = session_id.encode()
         return _changed(fields, lambda data, field: ring.seal(data, owner, field))
 
-    def unsealed(self, session_id: str, fields: tuple[bytes, ...]) -> tuple[bytes, ...]:
-        """The data of what is stored in fields of payloads: what `sealed` was given.
+    def moved(
+        self, owner: bytes, to: bytes, fields: tuple[bytes, ...], *, strict: bool
+    ) -> tuple[bytes, ...]:
+        """What to store in another session of what one has stored.
+
+        Args:
+            owner: the Redis key of the hash that it comes from.
+            to: of the one that it goes to.
+            fields: field and what is stored there, one behind the other.
+            strict: whether all has to open; else what does not goes along, and opens nowhere.
 
         Raises:
             UnsealError: the session did not seal it so.
         """
-        if self._ring is None:
-            return fields
-        owner = session_id.encode()
-        return _changed(fields, lambda stored, field: self._opened(stored, owner, field))
-
-    def moved(self, from_id: str, to_id: str, fields: tuple[bytes, ...]) -> tuple[bytes, ...]:
-        """What to store in another session of what one has stored.
-
-        What does not open there goes along as it is, and opens in the other one as little.
-        """
         ring = self._ring
         if ring is None:
             return fields
-        old, new = from_id.encode(), to_id.encode()
 
         def resealed(stored: bytes, field: bytes) -> bytes:
-            data = ring.open(stored, old, field)
-            return stored if data is None else ring.seal(data, new, field)
+            anew = ring.reseal(stored, owner, to, field)
+            if anew is None and strict:
+                raise UnsealError(answers.text(field[1:]))
+            return stored if anew is None else anew
 
         return _changed(fields, resealed)
 
-    def stored(self, session_id: str, field: bytes, data: bytes) -> bytes:
-        """What Redis gets of data."""
-        return self._ring.seal(data, session_id.encode(), field) if self._ring else data
+    def stored(self, owner: bytes, field: bytes, data: bytes) -> bytes:
+        """What Redis gets of data, in that field of the hash at that Redis key."""
+        return self._ring.seal(data, owner, field) if self._ring else data
 
-    def opened(self, session_id: str, field: bytes, stored: bytes) -> bytes:
-        """The data of what Redis has.
+    def opened(self, owner: bytes, field: bytes, stored: bytes) -> bytes:
+        """The data of what Redis has there.
 
         Raises:
-            UnsealError: the session did not seal it so.
+            UnsealError: it was not sealed there.
         """
-        return self._opened(stored, session_id.encode(), field)
+        if self._ring is None:
+            return stored
+        data = self._ring.open(stored, owner, field)
+        if data is None:
+            raise UnsealError(answers.text(field[1:]))
+        return data
 
     def reader(
-        self, session_id: str, field: bytes, name: str, as_: Any = None
+        self, owner: bytes, field: bytes, name: str, as_: Any = None
     ) -> Callable[[bytes], Any]:
-        """What makes a value of what is stored in the session's field.
+        """What makes a value of what is stored in that field of the hash at that Redis key.
 
         Raises:
             ArgumentError: the codec knows no such type.
@@ -161,7 +170,7 @@ class Values(Generic[In, Out]):
             if decode is _as_it_is:
                 return decode
             return lambda stored: decoded(decode, stored, name)
-        owner, open_ = session_id.encode(), self._ring.open
+        open_ = self._ring.open
 
         def read(stored: bytes) -> Any:
             data = open_(stored, owner, field)
@@ -173,45 +182,49 @@ class Values(Generic[In, Out]):
 
         return read
 
-    def mapping(self, session_id: str) -> Callable[[bytes], dict[str, Out]]:
+    def mapping(self, owner: bytes) -> Callable[[bytes], dict[str, Out]]:
         """What makes values, by name, of what a script returned of several payloads."""
         if self.is_bytes and self._ring is None:
             return _payloads_as_they_are
-        owner = session_id.encode()
 
         def read(answer: bytes) -> dict[str, Out]:
             values: dict[str, Out] = {}
             for raw, stored in answers.payloads(answer):
                 name = answers.text(raw)
-                data = self._opened(stored, owner, b":" + raw)
+                data = self.opened(owner, b":" + raw, stored)
                 values[name] = decoded(self._decode, data, name)
             return values
 
         return read
 
-    def are_same(self, data: bytes, other: bytes, name: str, types: Iterable[object]) -> bool:
-        """Whether data is of the value that `other` was encoded from, read as one of these types.
+    def are_same(self, data: bytes, other: bytes, name: str, as_: object = None) -> bool:
+        """Whether data is of the value that `other` was encoded from, perhaps read as a type.
 
-        It need not be the same bytes: others may have encoded it, with blanks in it; and what is
-        read as a type may have defaults that the data has not.
+        It need not be the same bytes: others may have encoded it, with blanks in it; and a type may
+        have defaults that the data has not. What the type leaves out is no part of the value: if
+        there is some, they are not the same.
         """
         if data == other or self.is_bytes:
             return data == other
-        return any(self._encoded_anew(data, name, as_) == other for as_ in types)
+        if self.encoded_anew(data, name) == other:
+            return True
+        if as_ is None or self.encoded_anew(data, name, as_) != other:
+            return False
+        return _is_part(decoded(self._decode, data, name), decoded(self._decode, other, name))
 
-    def _encoded_anew(self, data: bytes, name: str, as_: object) -> bytes | None:
+    def encoded_or_none(self, value: In, name: str) -> bytes | None:
+        """The data of a value; None if it cannot be encoded."""
+        try:
+            return self.encoded(value, name)
+        except ArgumentError:
+            return None
+
+    def encoded_anew(self, data: bytes, name: str, as_: object = None) -> bytes | None:
+        """Data decoded and encoded again; None if it cannot be."""
         try:
             return self.encoded(decoded(self.decoder(as_), data, name), name)
         except (PayloadDecodeError, ArgumentError):
             return None
-
-    def _opened(self, stored: bytes, owner: bytes, field: bytes) -> bytes:
-        if self._ring is None:
-            return stored
-        data = self._ring.open(stored, owner, field)
-        if data is None:
-            raise UnsealError(answers.text(field[1:]))
-        return data
 
 
 def decoded(decode: Callable[[bytes], T], data: bytes, name: str) -> T:
@@ -227,6 +240,25 @@ def decoded(decode: Callable[[bytes], T], data: bytes, name: str) -> T:
     # Outside of what is handled, and in a frame without the data: errors of codecs show it.
     del data
     raise PayloadDecodeError(name)
+
+
+def _is_part(value: object, other: object) -> bool:
+    """Whether all of a value is in the other, which may have more members, and others' order."""
+    if isinstance(value, dict):
+        return isinstance(other, dict) and all(
+            name in other and _is_part(value[name], other[name]) for name in value
+        )
+    if isinstance(value, list):
+        if not isinstance(other, list) or len(value) != len(other):
+            return False
+        rest = list(other)  # of a set, the order is any
+        for item in value:
+            found = next((at for at, each in enumerate(rest) if _is_part(item, each)), None)
+            if found is None:
+                return False
+            del rest[found]
+        return True
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _changed(

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
@@ -45,6 +47,7 @@ from sessiongate import (
     UnderReplicatedError,
     UnsealError,
 )
+from sessiongate.tokens import SignKeyRing
 
 from .conftest import CLUSTERED, SIGN_KEY, Backend, Flavour, running
 from .proxy import Proxy
@@ -592,9 +595,7 @@ class Mapped(RuleBasedStateMachine):
         assert sorted(handle.session) == sorted(handle.session.keys()) == sorted(held)
         assert sorted(map(as_told, handle.session.values())) == sorted(map(as_told, held.values()))
         assert as_told(sorted(handle.session.items())) == as_told(sorted(held.items()))
-        assert handle.session == held
-        assert handle.session != {**held, "another": 1}
-        assert bool(handle.session) == bool(held)
+        assert dict(handle.session) == held
 
     # What is changed in place.
 
@@ -1720,3 +1721,181 @@ def test_processes_on_one_session(backend: Backend, seals: bool) -> None:
     assert [process.returncode for process in processes] == [0, 0, 0]
     expected = expected_of(list(kinds), blocks)
     assert gate.pall(token) == expected
+
+
+# What looks at a handle without being asked to.
+
+
+def as_reported(value: object) -> object:
+    """What a reporter of errors makes of a variable: Sentry goes through containers."""
+    shown = getattr(type(value), "__sentry_repr__", None)
+    if shown:
+        return shown(value)
+    if isinstance(value, Mapping):
+        return {str(name): as_reported(each) for name, each in value.items()}
+    if isinstance(value, tuple | list):
+        return [as_reported(each) for each in value]
+    return repr(value)
+
+
+@pytest.mark.parametrize("flavour", ["sync", "async"], indirect=True)
+def test_who_looks_at_a_handle_reads_nothing(
+    flavour: Flavour, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To log, compare, count as true or report a handle neither asks Redis nor shows a payload."""
+    gate = flavour.gate(flavour.client(1, retry=flavour.no_retry))  # where nobody listens
+    token = SignKeyRing(SIGN_KEY).sign("A" * 16)[0]
+    one, other = gate.open(token), gate.open(token)
+    one["secret"] = "of this handle"
+    logging.getLogger("shop").warning("request of %s", one)
+    assert "A" * 16 in caplog.text
+    assert one
+    assert one != other
+    assert one != {"secret": "of this handle"}
+    assert {one, other} == {other, one}
+    assert as_reported({"session": one}) == {"session": repr(one)}
+
+
+@pytest.mark.parametrize("flavour", ["sync"], indirect=True)
+@in_memory
+def test_frames_of_a_handle_report_nothing(backend: Backend) -> None:
+    """What a reporter finds in our frames, as a session cannot be stored, is no payload."""
+    gate = backend.gate(sealing_key="5e" * 32)
+    token = gate.start(300, {"secret": "of this session"})
+    uses: list[Callable[[AnySession], object]] = [
+        lambda session: session.save(),
+        lambda session: session.renew(subject="alice"),
+    ]
+    for use in uses:
+        session = gate.open(token).load()
+        session["other secret"] = "of this handle"
+        gate.end(token)
+        with pytest.raises(SessionNotFoundError) as caught:
+            use(session)
+        for frame, _ in traceback.walk_tb(caught.tb):
+            if "sessiongate" in frame.f_code.co_filename:
+                assert "of this" not in str(as_reported(dict(frame.f_locals)))
+        token = gate.start(300, {"secret": "of this session"})
+
+
+# What an attacker of the handle tried.
+
+
+@in_memory
+@pytest.mark.parametrize("flavour", ["async"], indirect=True)
+def test_tasks_that_share_a_handle(backend: Backend) -> None:
+    """What several tasks assign, delete and store at once is stored, in one session."""
+    gate = cast("Any", backend.gate(codec=JSONCodec())).awaited
+
+    async def use() -> None:
+        started = gate.open(None, subject="alice")
+
+        async def store(name: str) -> None:
+            started[name] = name
+            await started.save()
+
+        await asyncio.gather(*map(store, "abc"))
+        assert await gate.pall(started.token) == {"a": "a", "b": "b", "c": "c"}
+        assert len(await gate.sessions("alice")) == 1
+        session = gate.open(started.token)
+        session["x"] = 1
+        await asyncio.gather(session.load(), session.save(), session.load())
+        del session["x"]
+        session["a"] = 1
+        saving = asyncio.ensure_future(session.save())
+        await asyncio.sleep(0)
+        session["a"] = 2
+        await asyncio.gather(saving, session.save())
+        assert await gate.pall(started.token) == {"a": 2, "b": "b", "c": "c"}
+
+    backend.flavour.runner.run(use())
+
+
+NUMBERS = (number / 8 for number in range(10**6))
+
+
+@dataclass
+class Numbered:
+    """What has another default each time."""
+
+    items: list[str]
+    number: float = field(default_factory=lambda: next(NUMBERS))
+
+
+@both
+@in_memory
+def test_a_default_that_changes_is_no_change(backend: Backend) -> None:
+    """What was read as a type with such a default, and not changed, is not stored."""
+    gate: AnyGate = backend.gate(codec=JSONCodec())
+    token = gate.start(300, {"cart": {"items": ["a"]}})
+    with opened(gate, token) as session:
+        assert session.get("cart", None, as_=Numbered) is not None
+        gate.pset(token, "cart", {"items": ["of another request"]})
+    assert gate.pget(token, "cart") == {"items": ["of another request"]}
+    with opened(gate, token) as session:
+        cart = session.get("cart", as_=Numbered)
+        assert cart
+        cart.items.append("b")
+    assert gate.pget(token, "cart")["items"] == ["of another request", "b"]
+
+
+@both
+@in_memory
+@pytest.mark.parametrize("data", [b"[1e999]", b'["\\ud800"]'])
+def test_what_cannot_be_encoded_again_is_no_change(backend: Backend, data: bytes) -> None:
+    """What others stored, the codec reads and cannot write, hinders no block that leaves it."""
+    raw = backend.gate()
+    gate: AnyGate = backend.gate(codec=JSONCodec())
+    token = raw.start(300, {"odd": data})
+    with opened(gate, token) as session:
+        assert len(session["odd"]) == 1
+        session["a"] = 1
+    assert raw.pget_many(token, ["odd", "a"]) == {"odd": data, "a": b"1"}
+    with pytest.raises(ArgumentError), opened(gate, token) as session:
+        session["odd"].append({1j})
+    assert raw.pget(token, "odd") == data
+
+
+@both
+@in_memory
+def test_signing_out_is_no_sign_in(gate: AnyGate) -> None:
+    """What is stored after `end` is nobody's, also where a started session would be somebody's."""
+    token = gate.start(300, {"a": 1}, subject="alice")
+    with opened(gate, token, subject="alice") as session:
+        session.end()
+        session["flash"] = "Good bye."
+    assert gate.info(str(session.token)).subject is None
+    assert gate.sessions("alice") == []
+
+
+@both
+@in_memory
+def test_the_end_of_what_has_ended(gate: AnyGate) -> None:
+    """A session that is gone already is told once, and the block stores nothing of it."""
+    token = gate.start(300, {"a": 1})
+    with opened(gate, token) as session:
+        session["a"] = 2
+        gate.end(token)
+        with pytest.raises(SessionNotFoundError):
+            session.end()
+        assert session.token is None
+    assert session.token is None
+
+
+class Picky(JSONCodec):
+    """A codec that fails as a dictionary does."""
+
+    def decoder(self, as_: object, /) -> Callable[[bytes], object]:
+        return {int: JSONCodec().decoder(int)}[cast("type[int]", as_)]
+
+
+@both
+@in_memory
+def test_a_codec_that_lacks_a_type_is_no_missing_payload(backend: Backend) -> None:
+    """A KeyError of a codec does not come out as the default of a payload that is there."""
+    gate: AnyGate = backend.gate(codec=Picky())
+    token = gate.start(300, {"a": 1})
+    with opened(gate, token) as session:
+        assert session.get("a", as_=int) == 1
+        with pytest.raises(KeyError):
+            session.get("a", "none", as_=str)

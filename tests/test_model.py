@@ -834,7 +834,7 @@ class Sessions(RuleBasedStateMachine):
             return stored
         assert stored.startswith(b"\xc1SG\x01")
         values = self.gates[session.which, "any number"]._commands.values
-        return values.opened(session.id, f":{name}".encode(), stored)
+        return values.opened(f"sg-session:{{{session.id}}}".encode(), f":{name}".encode(), stored)
 
     def check_index(self, held: dict[bytes, float], subject: str) -> None:
         """Entries of live sessions are there, perhaps some of sessions that ended, no others."""

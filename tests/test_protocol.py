@@ -688,7 +688,7 @@ def seal(
     header, nonce = header_of(sealing_key), nonce or secrets.token_bytes(24)
     ciphertext_and_tag = bindings.crypto_aead_xchacha20poly1305_ietf_encrypt(
         data,
-        header + session_id.encode() + field(name),
+        header + key_of(session_id) + field(name),
         nonce,
         derived(sealing_key, b"sg payload seal"),
     )
@@ -701,7 +701,7 @@ def unseal(sealing_key: bytes, session_id: str, name: str, sealed: bytes) -> byt
     if header != header_of(sealing_key) or len(rest) < 16:
         raise NotSealedError
     key = derived(sealing_key, b"sg payload seal")
-    additional = header + session_id.encode() + field(name)
+    additional = header + key_of(session_id) + field(name)
     try:
         return bindings.crypto_aead_xchacha20poly1305_ietf_decrypt(rest, additional, nonce, key)
     except CryptoError:
@@ -1143,6 +1143,9 @@ def test_a_call_that_lost_words_is_incomplete(client: Client, server: Server, na
         for length in range(1, len(words) + 1):
             request = (b"EVAL", SCRIPTS[name], b"1", key, fingerprint, *words[:length])
             assert client.exchange(client.port, *request) == (b"-", b"INCOMPLETE " + request[-1])
+        for length in range(len(words)):
+            with refused("INCOMPLETE"):
+                client.call(name, [key], fingerprint, *words[:length])
         for at in range(counts):
             for count in {words[at][:1], words[at][1:], b"1" + words[at]}:
                 with refused("INCOMPLETE"):
@@ -2165,7 +2168,7 @@ def test_the_example_of_sealing() -> None:
     )
     session_id, name = shown["session id"], shown["payload field"].removeprefix(":")
     sealed = seal(sealing_key, session_id, name, shown["data"].encode(), nonce)
-    additional = header_of(sealing_key) + session_id.encode() + field(name)
+    additional = header_of(sealing_key) + key_of(session_id) + field(name)
     assert shown == {
         "sealing key, in hex": sealing_key.hex(),
         "encryption key, in hex": derived(sealing_key, b"sg payload seal").hex(),
@@ -2178,7 +2181,7 @@ def test_the_example_of_sealing() -> None:
         "sealed data, in hex": sealed.hex(),
     }
     ring = SealingKeyRing(sealing_key, random=lambda _: nonce)
-    data, words = shown["data"].encode(), (session_id.encode(), field(name))
+    data, words = shown["data"].encode(), (key_of(session_id), field(name))
     assert ring.seal(data, *words) == sealed
     assert ring.open(sealed, *words) == unseal(sealing_key, session_id, name, sealed) == data
     assert sealing_key_id(sealing_key) == sealed_by(sealed) == shown["key id, in hex"]

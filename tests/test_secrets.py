@@ -355,7 +355,7 @@ def test_reprs_of_a_gate_that_seals_hold_no_secret(backend: Backend) -> None:
         assert_nothing_sealed(repr(thing), gate)
     assert repr(commands.values) == "<Values BytesCodec sealed>"
     assert repr(commands.values._ring) == "<SealingKeyRing of 2>"
-    assert repr(session) == f"<{type(session).__name__} {gate.verify(token)}>"
+    assert repr(session) == f"<{type(session).__name__} {gate.verify(token)}, read>"
 
 
 def loaded(gate: SessionGate, token: str) -> Any:

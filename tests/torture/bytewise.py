@@ -614,7 +614,10 @@ def _held(fields: dict[bytes, bytes], ttl: int, sealed_in: str = "") -> Held:
     def data_of(name: str, stored: bytes) -> bytes:
         if not sealed_in:
             return stored
-        return _RING.open(stored, sealed_in.encode(), b":" + name.encode()) or b"not to be opened"
+        return (
+            _RING.open(stored, f"sg-session:{{{sealed_in}}}".encode(), b":" + name.encode())
+            or b"not to be opened"
+        )
 
     payloads: dict[str, bytes] = {}
     timed = set()

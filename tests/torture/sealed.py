@@ -177,7 +177,7 @@ class _Attack:
 
     def _of_another_key(self, name: str) -> bytes:
         ring = SealingKeyRing(_FOREIGN)
-        return ring.seal(self._victim.held[name], self._victim.id.encode(), b":" + name.encode())
+        return ring.seal(self._victim.held[name], self._victim.key.encode(), b":" + name.encode())
 
     def _said_to_be(self, name: str) -> bytes:
         sealed = self._of_another_key(name)
