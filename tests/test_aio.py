@@ -75,16 +75,19 @@ def test_both_gates_have_the_same_methods() -> None:
         other = awaited[name]
         theirs = inspect.signature(other)
         parameters = [p for p in theirs.parameters.values() if p.name not in own]
+        if name == "open":  # a handle of its own kind, which is not awaited but entered
+            theirs = theirs.replace(return_annotation=inspect.signature(method).return_annotation)
+        else:
+            assert get_type_hints(other).get("return") == get_type_hints(method).get("return")
         assert theirs.replace(parameters=parameters) == inspect.signature(method), name
-        assert get_type_hints(other).get("return") == get_type_hints(method).get("return")
-        if name != "from_url":
+        if name not in ("from_url", "open"):
             assert inspect.iscoroutinefunction(other), name
 
 
 def test_both_gates_have_the_same_docs() -> None:
     """The documentation of an operation is the same in both gates, but for `await`."""
     for name, method in methods(SessionGate).items():
-        if name in ("from_url", "aclose") or name.startswith("_"):
+        if name in ("from_url", "aclose", "open") or name.startswith("_"):
             continue
         ours = (methods(AsyncSessionGate)[name].__doc__ or "").replace("await ", "")
         assert ours == method.__doc__
