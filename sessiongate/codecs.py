@@ -345,10 +345,9 @@ def _msgpack_decoder(as_: Any) -> Callable[[bytes], Any]:
 
 
 def _decoder_of(kind: Any, as_: Any) -> Callable[[bytes], Any]:
-    inspect = import_module("msgspec.inspect")
     try:
         decode: Callable[[bytes], Any] = kind(as_).decode
-        known = not _holds(inspect.type_info(as_), inspect.CustomType, set())
+        known = not _is_custom(as_)
     except (TypeError, ValueError, NameError):
         known = False
     if not known:
@@ -358,6 +357,16 @@ def _decoder_of(kind: Any, as_: Any) -> Callable[[bytes], Any]:
             "msgspec.inspect.type_info(as_) may tell why this one is none"
         )
     return decode
+
+
+def _is_custom(as_: Any) -> bool:
+    """Whether a type holds one that msgspec does not know, as it finds out when it decodes."""
+    inspect = import_module("msgspec.inspect")
+    try:
+        told = inspect.type_info(as_)
+    except (TypeError, ValueError, NameError):
+        return False  # it can decode more than it can tell of: 0.18 Literal["a", 3]
+    return _holds(told, inspect.CustomType, set())
 
 
 def _holds(told: Any, kind: type, seen: set[int]) -> bool:
