@@ -22,6 +22,9 @@ help:
 demo: $(VENV)/demo
 	@$(BIN)/sessiongate demo $(if $(filter command line,$(origin URL)),--url "$$URL")
 
+# Each of the processes would compile all tests anew if nothing may be kept: here it may.
+test: export PYTHONDONTWRITEBYTECODE =
+test: export PYTHONPYCACHEPREFIX = $(abspath $(VENV))/pycache
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 

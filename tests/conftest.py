@@ -70,16 +70,18 @@ def running_cluster() -> Cluster:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without its pipeline an asynchronous gate meets one server of each kind, not every version.
+    """An asynchronous gate does not meet every version of a server where scripts alone are tested.
 
-    What differs between versions, the scripts do: they are the same ones.
+    What differs between versions, the scripts do: they are the same ones. Without its pipeline it
+    nowhere does.
     """
     met = {"memory", "cluster", CLUSTERED}
 
     def adds_something(item: pytest.Item) -> bool:
         call = getattr(item, "callspec", None)  # of tests with parameters alone
         params = call.params if call else {}
-        if params.get("flavour") != POOLED:
+        of_scripts = getattr(getattr(item, "module", None), "OF_SCRIPTS", False)
+        if params.get("flavour") not in ((POOLED, "async") if of_scripts else (POOLED,)):
             return True
         return {params.get(of, CLUSTERED) for of in ("backend", "server", "sentinels")} <= met
 

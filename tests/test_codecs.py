@@ -304,7 +304,7 @@ def test_any_msgpack_value_comes_back(value: object) -> None:
         assert data == msgspec.msgpack.encode(value)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.integers(LEAST, 2**64 - 1))
 @example(LEAST)
 @example(MOST)
@@ -506,7 +506,7 @@ stored = st.one_of(
 ALL_VALUES = [values_of(codec()) for codec, _ in CODECS.values()]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(stored, st.sampled_from(TYPES))
 def test_whatever_stands_in_redis(data: bytes, as_: object) -> None:
     """Any bytes decode to a value, or it is a PayloadDecodeError and no other."""

@@ -24,6 +24,9 @@ from sessiongate.tokens import SignKeyRing
 from .conftest import SIGN_KEY, Backend, Flavour
 from .servers import Server
 
+# What a script does, which both gates send: see `conftest`.
+OF_SCRIPTS = True
+
 CENTURY = 100 * 365 * 86_400
 TOKEN = SignKeyRing(SIGN_KEY).sign("A" * 16)[0]
 

@@ -855,7 +855,7 @@ def index_key(subject: str) -> bytes:
 
 # In memory a step takes five times as long as on a server.
 EXAMPLES = {"memory": 3, "server": 5, "cluster": 4}
-CODED_EXAMPLES = {"memory": 3, "server": 6, "cluster": 3}
+CODED_EXAMPLES = {"memory": 2, "server": 4, "cluster": 2}
 
 
 def run_model(backend: Backend, examples: dict[str, int], kind: Kind, *, seals: bool) -> None:

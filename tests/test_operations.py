@@ -17,6 +17,9 @@ from sessiongate import (
 
 from .conftest import Backend, pool_of
 
+# What a script does, which both gates send: see `conftest`.
+OF_SCRIPTS = True
+
 GONE = "v1.AAAAAAAAAAAAAAAA.0f21bb0a2b2a5a7a8c5a9f0a4c1a3d4b5e6f708192a3b4c5d6e7f8091a2b3c4d"
 
 

@@ -26,6 +26,9 @@ from .conftest import SIGN_KEY, Backend, Flavour
 from .proxy import Proxy
 from .servers import Server
 
+# What a script does, which both gates send: see `conftest`.
+OF_SCRIPTS = True
+
 Call = Callable[[SessionGate, str], object]
 
 # How time passes is told in the scripts alone, which both gates share.

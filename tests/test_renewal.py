@@ -22,6 +22,9 @@ from .conftest import Backend, Flavour
 from .proxy import Proxy
 from .servers import Server
 
+# What a script does, which both gates send: see `conftest`.
+OF_SCRIPTS = True
+
 OLD, NEW = "the sign key that goes, 32 bytes", "the sign key that comes, 32 bytes"
 
 # How time passes is told in the scripts alone, which both gates share.

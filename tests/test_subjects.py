@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import cast
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from redis import Redis
 from redis.crc import key_slot
@@ -29,6 +29,9 @@ from sessiongate.tokens import SignKeyRing
 from .conftest import SIGN_KEY, Backend, Flavour
 from .proxy import Proxy
 from .servers import Server
+
+# What a script does, which both gates send: see `conftest`.
+OF_SCRIPTS = True
 
 OURS, THEIRS = "a sign key of our application, 32 bytes", "a sign key of another application, 32"
 INDEX = "sg-session:subject:{alice}"
@@ -754,7 +757,9 @@ names = st.one_of(
 )
 def test_keys_of_any_subject_share_a_slot(subject: str, prefix: str) -> None:
     """Whatever subject and prefix, an id drawn for the subject lives in the slot of its index."""
-    keyspace = Keyspace(prefix[:50], system_random)
+    prefix = prefix[:50]
+    assume(not prefix.endswith((":subject", ":tries")))  # kept for others
+    keyspace = Keyspace(prefix, system_random)
     index = keyspace.index_key(subject.encode())
     session_id = keyspace.new_id_in(slot_of(index))
     key = keyspace.session_key(session_id)
