@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from functools import partial
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 from redis.exceptions import TryAgainError
 
@@ -41,6 +41,21 @@ _MAX_LOOKS = 1000
 
 # What is of another type was read as that.
 _PLAIN = frozenset({bool, bytes, dict, float, int, list, str, type(None)})
+
+
+class Opened(NamedTuple):
+    """A session that was read: the Redis key of its hash, and what is stored, by payload names."""
+
+    key: bytes
+    info: SessionInfo
+    stored: dict[bytes, bytes]
+
+    def __repr__(self) -> str:
+        # What is stored is for no traceback that shows local variables.
+        return "<Opened>"
+
+    def __sentry_repr__(self) -> str:
+        return repr(self)
 
 
 class Commands(Generic[In, Out]):
@@ -228,7 +243,7 @@ class Commands(Generic[In, Out]):
         as_: object = None,
         ttl: int | timedelta | None = None,
     ) -> Command[None]:
-        session_id, fingerprint, keys = self._session(token)
+        session = session_id, fingerprint, keys = self._session(token)
         values, field = self.values, field_arg(name)
         stored = values.stored(keys[0], field, values.encoded(value, name))
         args = (fingerprint, field, stored)
@@ -256,18 +271,18 @@ class Commands(Generic[In, Out]):
         def is_same(held: bytes) -> bool:
             return values.are_same(values.opened(keys[0], field, held), data, name, read_as)
 
-        return self._if_match(token, name, data, is_same, partial(store, b"match"))
+        return self._if_match(session, name, data, is_same, partial(store, b"match"))
 
-    def _if_match(  # what `pset` knows of it
+    def _if_match(
         self,
-        token: str | bytes,
+        session: tuple[str, bytes, tuple[bytes]],
         name: str,
         data: bytes,
         is_same: Callable[[bytes], bool],
         store: Callable[[bytes], Command[None]],
     ) -> Command[None]:
         """Store if what is stored is of that data: what Redis compares are its bytes."""
-        session_id, fingerprint, keys = self._session(token)
+        session_id, fingerprint, keys = session
         args = (fingerprint, field_arg(name))
 
         def look(looks: int) -> Command[None]:
@@ -360,19 +375,13 @@ class Commands(Generic[In, Out]):
         args = (fingerprint, field_arg(name), by_arg(by))
         return Command(scripts.PINCR, keys, args, int, session_id, name, replicas=self._replicas)
 
-    def session_key(self, token: str | bytes) -> bytes:
-        """The Redis key of the hash of the session that a token opens."""
-        return self._session(token)[2][0]
-
-    def open(
-        self, token: str | bytes, fields: tuple[bytes, ...] | None
-    ) -> Command[tuple[SessionInfo, dict[bytes, bytes]]]:
+    def open(self, token: str | bytes, fields: tuple[bytes, ...] | None) -> Command[Opened]:
         """Tell of the session and read what is stored in these fields, or in all."""
         session_id, fingerprint, keys = self._session(token)
         asked = (b"",) if fields is None else (b"%d" % len(fields), *fields)
 
-        def told(answer: bytes) -> tuple[SessionInfo, dict[bytes, bytes]]:
-            return answers.opened(session_id, answer)
+        def told(answer: bytes) -> Opened:
+            return Opened(keys[0], *answers.opened(session_id, answer))
 
         return Command(scripts.OPEN, keys, (fingerprint, *asked), told, session_id, "", again)
 

@@ -12,11 +12,10 @@ from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast, overload
 
 from . import answers
-from .answers import SessionInfo
 from .arguments import field_arg, grace_arg, names_arg, subject_arg
 from .codecs import In, Out, T
 from .command import Command
-from .commands import Commands
+from .commands import Commands, Opened
 from .errors import (
     HandleError,
     PayloadNotFoundError,
@@ -135,7 +134,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         if subject is not None:
             subject_arg(subject)
         self._subject = subject
-        self._info: SessionInfo | None = None
+        self._info: answers.SessionInfo | None = None
         self._payloads: dict[str, _Payload] = {}
         self._deleted: dict[str, bytes] = {}
         # The names of what Redis has; None if that was not read yet.
@@ -326,19 +325,22 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
 
     # What to send, and what to make of the answers.
 
-    def _reading(self) -> Command[tuple[SessionInfo, dict[bytes, bytes]]]:
-        return self._commands.open(self._token or "", self._fields)
+    def _reading(self) -> Command[Opened] | None:
+        """What reads the session; None if there is none to read."""
+        if self._token is None:
+            self._there = set()
+            return None
+        return self._commands.open(self._token, self._fields)
 
-    def _was_read(self, answer: tuple[SessionInfo, dict[bytes, bytes]]) -> None:
-        self._info, stored = answer
-        owner = self._commands.session_key(self._token or "")
-        self._subject = self._info.subject
+    def _was_read(self, answer: Opened) -> None:
+        self._info = answer.info
+        self._subject = answer.info.subject
         self._there = set()
-        for raw, data in stored.items():
+        for raw, data in answer.stored.items():
             name = answers.text(raw)
             self._there.add(name)
             if name not in self._payloads and name not in self._deleted:
-                self._payloads[name] = _Payload(b":" + raw, owner, data)
+                self._payloads[name] = _Payload(b":" + raw, answer.key, data)
 
     def _writing(self, subject: str | None = None) -> tuple[Command[Any], _Changes] | None:
         """What stores all changes, and these; None if there is nothing to store."""
@@ -563,10 +565,8 @@ class Session(_Handle[In, Out]):
             self.save()
 
     def _fetch(self) -> None:
-        if self._token is None:
-            self._there = set()
-        else:
-            self._was_read(self._run(self._reading()))
+        if reading := self._reading():
+            self._was_read(self._run(reading))
 
     def _finish(self, command: Command[R], then: Callable[[Any], None]) -> None:
         try:
@@ -620,11 +620,8 @@ class AsyncSession(_Handle[In, Out]):
             (None, ['cart'])
         """
         async with self._lock:
-            if self._is_unread():
-                if self._token is None:
-                    self._there = set()
-                else:
-                    self._was_read(await self._run(self._reading()))
+            if self._is_unread() and (reading := self._reading()):
+                self._was_read(await self._run(reading))
         return self
 
     async def save(self) -> None:

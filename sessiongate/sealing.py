@@ -139,8 +139,7 @@ class SealingKeyRing:
         """What to store of data in that field of the hash at that Redis key: 48 bytes more."""
         if not self._seals and not _looks_sealed(data):
             return data
-        header, nonce = self._header, self._random(NONCE_BYTES)
-        return header + nonce + self._encrypt(data, header + owner + field, nonce, self._key)
+        return self._sealed(data, owner, field)
 
     def open(self, sealed: bytes, owner: bytes, field: bytes) -> bytes | None:
         """The data that was sealed for that field of that hash; None if it was not."""
@@ -159,9 +158,11 @@ class SealingKeyRing:
         data = self.open(sealed, owner, field)
         if data is None or (data is sealed and not self._seals):
             return data
-        nonce = self._random(NONCE_BYTES)
-        header = self._header
-        return header + nonce + self._encrypt(data, header + to + field, nonce, self._key)
+        return self._sealed(data, to, field)
+
+    def _sealed(self, data: bytes, owner: bytes, field: bytes) -> bytes:
+        header, nonce = self._header, self._random(NONCE_BYTES)
+        return header + nonce + self._encrypt(data, header + owner + field, nonce, self._key)
 
 
 def _looks_sealed(data: bytes) -> bool:

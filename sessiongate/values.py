@@ -251,13 +251,10 @@ def _is_part(value: object, other: object) -> bool:
     if isinstance(value, list):
         if not isinstance(other, list) or len(value) != len(other):
             return False
-        rest = list(other)  # of a set, the order is any
-        for item in value:
-            found = next((at for at, each in enumerate(rest) if _is_part(item, each)), None)
-            if found is None:
-                return False
-            del rest[found]
-        return True
+        if all(map(_is_part, value, other)):
+            return True
+        # Of a set, the order is any.
+        return all(map(_is_part, sorted(value, key=repr), sorted(other, key=repr)))
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 

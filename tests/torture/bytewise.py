@@ -26,6 +26,7 @@ from sessiongate import (
 )
 from sessiongate.arguments import names_arg
 from sessiongate.command import Command
+from sessiongate.commands import Opened
 from sessiongate.sealing import SealingKeyRing
 from tests.conftest import FLAVOURS, SIGN_KEY, Blocking, Flavour
 from tests.faults import DIRECTIONS, FAULTS, Direction, Fault, FaultProxy, Passed
@@ -212,7 +213,8 @@ def _tells_and_holds(*names: str) -> IsRight:
     held = {name.encode(): _PAYLOADS[name] for name in names}
 
     def is_right(scene: Scene, result: object, _: Seen) -> bool:
-        info, stored = cast("tuple[SessionInfo, dict[bytes, bytes]]", result)
+        assert isinstance(result, Opened)
+        info, stored = result.info, result.stored
         sizes = {name: _SIZES[name] for name in names}
         return stored == held and _tells(scene, scene.token, None, info, sizes)
 
