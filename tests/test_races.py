@@ -33,7 +33,16 @@ from sessiongate.command import Answer, AnyCommand
 from sessiongate.keyspace import slot_of
 from sessiongate.tokens import SignKeyRing
 
-from .conftest import CLUSTERED, SIGN_KEY, Backend, Flavour, Key, running, running_cluster
+from .conftest import (
+    CLUSTERED,
+    SIGN_KEY,
+    Backend,
+    Flavour,
+    Key,
+    apart,
+    running,
+    running_cluster,
+)
 
 R = TypeVar("R")
 
@@ -166,6 +175,14 @@ class Crowd:
         """The ids of all sessions that Redis holds, and not only the traces of."""
         keys = self.look.scan_iter("sg-session:{*")
         return {key.decode()[-17:-1] for key in keys if self.look.hexists(key, "fp")}
+
+    def started_apart(self, gate: AsyncSessionGate, *args: Any, **options: Any) -> str:
+        """A session for 300 seconds, in another slot than Alice's."""
+        return apart(
+            "alice",
+            lambda: self.do(gate.start(300, *args, **options)),
+            lambda token: self.do(gate.end(token)),
+        )
 
     def index_server(self) -> Redis:
         """A client of the server where Alice's sessions are."""
@@ -879,7 +896,7 @@ def test_a_sign_in_that_is_interrupted(crowd: Crowd, how: str, limited: bool, wr
     for step in range(1, 20):
         crowd.do(look.end_all("alice"))
         others = [crowd.do(look.start(300, subject="alice"))] if limited else []
-        old = crowd.do(look.start(300, {"cart": "[]", "count": "0"}, idle_timeout=100))
+        old = crowd.started_apart(look, {"cart": "[]", "count": "0"}, idle_timeout=100)
         crowd.do(look.pset(old, "code", "123", ttl=200))
         sign_in = SignIn(crowd, crowd.gate(SIGN_KEY, **options), look, writes, old, step, how)
         new = sign_in.run()

@@ -37,7 +37,7 @@ from sessiongate.command import Answer, AnyCommand
 from sessiongate.sealing import SealingKeyRing, new_sealing_key, sealed_by, sealing_key_id
 from sessiongate.tokens import SignKeyRing
 
-from .conftest import CLUSTERED, SIGN_KEY, Backend, Flavour
+from .conftest import CLUSTERED, SIGN_KEY, Backend, Flavour, apart
 from .proxy import Proxy
 from .servers import Server
 
@@ -497,6 +497,11 @@ class Steps:
         return self._channel.close()
 
 
+def started_apart(gate: SessionGate, payloads: dict[str, str]) -> str:
+    """A session for 300 seconds, in another slot than Alice's."""
+    return apart("alice", lambda: gate.start(300, payloads), gate.end)
+
+
 @pytest.fixture
 def client(backend: Backend) -> Redis:
     """A client to look into the backend with."""
@@ -831,7 +836,7 @@ def test_signing_in_again_takes_no_room_but_its_own(backend: Backend) -> None:
 def test_writes_between_the_steps_of_a_sign_in(backend: Backend, options: dict[str, Any]) -> None:
     """What is stored, replaced and deleted by the old token while it signs in goes along."""
     gate, other = backend.gate(sealing_key=OLD, **options), onlooker(backend)
-    token = gate.start(300, {"cart": "[]", "count": "0", "gone": "x"})
+    token = started_apart(gate, {"cart": "[]", "count": "0", "gone": "x"})
     done: dict[str, bytes] = {"cart": b"[]", "count": b"0", "gone": b"x"}
 
     def write(_: str, step: int) -> None:
@@ -926,7 +931,7 @@ def test_what_cannot_be_opened_comes_before_the_last_step(
     """Between two slots, what is stored last and does not open goes along, and opens nowhere."""
     gate = backend.gate(sealing_key=OLD, **options)
     ahead = onlooker(backend, sealing_key=[NEW, OLD])
-    token = gate.start(300, {"user": "1", "lang": "en"})
+    token = started_apart(gate, {"user": "1", "lang": "en"})
 
     def write(script: str, _: int) -> None:
         # An unknown script is sent twice. The third that is exported is taken away.
