@@ -4,6 +4,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from importlib import metadata
 from typing import Self, cast
 from urllib.parse import urlsplit
 
@@ -19,6 +20,9 @@ from sessiongate import AsyncSessionGate, SessionGate
 
 from . import privileges
 from .servers import NO_RETRY, Cluster, Server, server_binaries
+
+# redis-py parses the metadata of its own package for every client: a twelfth of the suite's time.
+metadata.version = cache(metadata.version)
 
 SIGN_KEY = "a sign key of the tests, 32 bytes and more"
 
@@ -203,6 +207,15 @@ def apart(subject: str, start: Callable[[], str], end: Callable[[str], object]) 
     while key_slot((token := start())[3:19].encode()) == key_slot(subject.encode()):
         end(token)
     return token
+
+
+def end_of(gate: SessionGate, token: str) -> float:
+    """When a session ends, in seconds since 1970.
+
+    A script asks for the time and then for the time that is left: if it is held up in between, what
+    it tells is too early. Not every time.
+    """
+    return max(gate.info(token).expires_at.timestamp() for _ in range(3))
 
 
 def pool_of(client: AnyClient) -> ConnectionPool:

@@ -25,7 +25,7 @@ from sessiongate import PayloadNotFoundError, SessionGate, SessionNotFoundError,
 from sessiongate.lane import Lane
 from sessiongate.lines import Lines
 
-from .conftest import SIGN_KEY, Backend, Blocking, Flavour
+from .conftest import CLUSTERED, SIGN_KEY, Backend, Blocking, Flavour
 from .proxy import Proxy
 from .servers import Server
 
@@ -319,6 +319,7 @@ def test_sessions_are_on_the_replica(flavour: Flavour, own_server: Server) -> No
         assert abs(lag) < 50
 
 
+@pytest.mark.parametrize("server", [CLUSTERED] if CLUSTERED else [], indirect=True)
 def test_a_server_that_is_not_there(flavour: Flavour, server: Server) -> None:
     """A server that cannot be reached is redis-py's connection error, never a missing session."""
     token = flavour.gate(flavour.client(server.port)).start(300)
