@@ -75,7 +75,7 @@ def subject_arg(subject: str) -> bytes:
         raise ArgumentError(f"subject is a str, not {type(subject).__name__}")
     raw = utf8(subject)
     if raw is None:
-        raise ArgumentError("subject is valid text: this one holds a lone surrogate")
+        raise ArgumentError("subject must be valid text: this one holds a lone surrogate")
     if not 0 < len(raw) <= MAX_SUBJECT_BYTES:
         raise ArgumentError(f"subject is 1 to {MAX_SUBJECT_BYTES} bytes of UTF-8, not {len(raw)}")
     return raw
@@ -133,7 +133,7 @@ def field_arg(name: str) -> bytes:
         raise ArgumentError(f"a payload's name is a str, not {type(name).__name__}")
     raw = utf8(name)
     if raw is None:
-        raise ArgumentError("a payload's name is valid text: this one holds a lone surrogate")
+        raise ArgumentError("a payload's name must be valid text: this one holds a lone surrogate")
     if not 0 < len(raw) <= MAX_NAME_BYTES:
         raise ArgumentError(
             f"a payload's name is 1 to {MAX_NAME_BYTES} bytes of UTF-8, not {len(raw)}"
@@ -173,7 +173,7 @@ def data_arg(data: Data, name: str) -> bytes:
             f"data of payload {name!r} is bytes-like or a str, not {type(data).__name__}: "
             f"for other types, give the gate a codec, as in codec=JSONCodec()"
             if not isinstance(data, str)
-            else f"data of payload {name!r} is valid text or bytes: this str holds a lone surrogate"
+            else f"data of payload {name!r} must be valid text: this str holds a lone surrogate"
         )
     size = content.nbytes if isinstance(content, memoryview) else len(content)
     if not 0 < size <= MAX_DATA_BYTES:

@@ -173,7 +173,7 @@ class JSONCodec:
             # Of `json` and of msgspec it names types alone.
             reason = str(error)
         except ValueError:
-            reason = "JSON has no NaN, no infinite number and nothing that holds itself"
+            reason = "a number in it is NaN, infinite or over 4,300 digits long, or it holds itself"
         except RecursionError:
             reason = "it is nested too deep"
         raise ArgumentError(reason)

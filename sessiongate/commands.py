@@ -247,7 +247,7 @@ class Commands(Generic[In, Out]):
         values, field = self.values, field_arg(name)
         stored = values.stored(keys[0], field, values.encoded(value, name))
         args = (fingerprint, field, stored)
-        if if_absent is False and if_match is ALWAYS and ttl is None:
+        if if_absent is False and if_match is ALWAYS and ttl is None and as_ is None:
             return Command(
                 scripts.PSET, keys, args, nothing, session_id, name, replicas=self._replicas
             )
@@ -255,6 +255,10 @@ class Commands(Generic[In, Out]):
             raise ArgumentError(f"if_absent is a bool, not {type(if_absent).__name__}")
         if if_absent and if_match is not ALWAYS:
             raise ArgumentError("if_absent and if_match exclude each other: give one of them")
+        if as_ is not None:
+            if if_match is ALWAYS:
+                raise ArgumentError("as_ is the type that if_match was read as: give if_match too")
+            values.decoder(as_)  # which refuses what is no type
         end = b"" if ttl is None else ttl_arg(ttl)
 
         def store(condition: bytes, expected: bytes = b"") -> Command[None]:

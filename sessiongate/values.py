@@ -4,6 +4,7 @@ A *value* is the application's; encoded it is *data*, which the limits count; *s
 gets: the data itself or, at a gate that seals, the data sealed.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, cast
 
@@ -44,20 +45,27 @@ class Values(Generic[In, Out]):
     ) -> None:
         if codec is None:
             codec = cast("Codec[In, Out]", BytesCodec())
+        # Before it is looked at, so that there is a repr, whatever happens.
+        self._codec = codec
+        self._ring = ring
+        self.seals = ring is not None
         if isinstance(codec, type) or not all(
             callable(getattr(codec, method, None)) for method in ("encode", "decode")
         ):
             raise ConfigurationError(
                 "codec is an object with the methods encode and decode, as in codec=JSONCodec()"
             )
-        self._codec = codec
-        self._ring = ring
-        self.seals = ring is not None
         self.is_bytes = self.codec_type is BytesCodec
         self._decode: Callable[[bytes], Any] = _as_it_is if self.is_bytes else codec.decode
 
     def __repr__(self) -> str:
-        return f"<Values {self.codec_type.__name__}{' sealed' if self.seals else ''}>"
+        return f"<Values {self.codec_type.__name__}{f' {self._ring.kind}' if self._ring else ''}>"
+
+    @property
+    def kind(self) -> str:
+        """What becomes of payloads, in a few words; none if they stay as they are."""
+        codec = "" if self.is_bytes else f" {self.codec_type.__name__}"
+        return codec + (f" {self._ring.kind}" if self._ring else "")
 
     @property
     def codec_type(self) -> type:
@@ -210,7 +218,7 @@ class Values(Generic[In, Out]):
             return True
         if as_ is None or self.encoded_anew(data, name, as_) != other:
             return False
-        return _is_part(decoded(self._decode, data, name), decoded(self._decode, other, name))
+        return _are_all_in(decoded(self._decode, data, name), decoded(self._decode, other, name))
 
     def encoded_or_none(self, value: In, name: str) -> bytes | None:
         """The data of a value; None if it cannot be encoded."""
@@ -242,20 +250,37 @@ def decoded(decode: Callable[[bytes], T], data: bytes, name: str) -> T:
     raise PayloadDecodeError(name)
 
 
-def _is_part(value: object, other: object) -> bool:
-    """Whether all of a value is in the other, which may have more members, and others' order."""
-    if isinstance(value, dict):
-        return isinstance(other, dict) and all(
-            name in other and _is_part(value[name], other[name]) for name in value
-        )
-    if isinstance(value, list):
-        if not isinstance(other, list) or len(value) != len(other):
-            return False
-        if all(map(_is_part, value, other)):
-            return True
-        # Of a set, the order is any.
-        return all(map(_is_part, sorted(value, key=repr), sorted(other, key=repr)))
-    return value == other and isinstance(value, bool) == isinstance(other, bool)
+def _are_all_in(value: object, other: object) -> bool:
+    """Whether all members of a value are in the other, which may have more of them.
+
+    In which order is not asked: of a list it has been, and of a set it is any.
+    """
+    places: dict[tuple[int, object], int] = {}
+    try:
+        return _members(value, places) <= _members(other, places)
+    except TypeError:  # a codec of the application's has members that cannot be counted
+        return False
+
+
+def _members(value: object, places: dict[tuple[int, object], int]) -> "Counter[object]":
+    """What is in a value, and where: by the names that lead there, all items of a list alike.
+
+    Not by recursion: somebody else may have nested it as deep as he likes.
+    """
+    members: Counter[object] = Counter()
+    left = [(0, value)]
+    while left:
+        place, value = left.pop()
+        if isinstance(value, dict):
+            for name, member in value.items():
+                left.append((places.setdefault((place, name), len(places) + 1), member))
+            value = dict
+        elif isinstance(value, list):
+            within = places.setdefault((place, list), len(places) + 1)
+            left += [(within, member) for member in value]
+            value = list
+        members[place, isinstance(value, bool), value] += 1
+    return members
 
 
 def _changed(

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import textwrap
+import time
 import traceback
 import zlib
 from collections.abc import Callable
@@ -394,8 +395,9 @@ class Failing(dict[str, object]):
 
 
 REFUSED: dict[str, tuple[Codec[Any, Any], Callable[[], object], str]] = {
-    "JSON, not a number": (JSONCodec(), lambda: [SECRET, math.nan], "no NaN"),
-    "JSON, infinite": (JSONCodec(), lambda: {SECRET: -math.inf}, "no infinite number"),
+    "JSON, not a number": (JSONCodec(), lambda: [SECRET, math.nan], "is NaN, infinite"),
+    "JSON, infinite": (JSONCodec(), lambda: {SECRET: -math.inf}, "is NaN, infinite"),
+    "JSON, many digits": (JSONCodec(), lambda: [SECRET, 10**4300], "over 4,300 digits long"),
     "JSON, a cycle": (JSONCodec(), holding_itself, "holds itself"),
     "JSON, deep": (JSONCodec(), too_deep, "nested too deep"),
     "JSON, an object": (JSONCodec(), lambda: [SECRET, Unknown()], "type Unknown"),
@@ -808,6 +810,71 @@ def test_what_a_type_leaves_out_is_no_match(
         assert gate.pget(token, "x") == held
 
 
+@dataclass
+class Node:
+    """What is nested as deep as somebody likes."""
+
+    nodes: list["Node"] = field(default_factory=list)
+
+
+@one_gate
+@pytest.mark.parametrize("shape", ["a chain", "pairs"])
+@pytest.mark.parametrize("depth", [20, 40, 300, 700])
+def test_what_a_type_leaves_out_far_down(backend: Backend, shape: str, depth: int) -> None:
+    """However deep it is, what is left out is a conflict, at once; and nothing but a conflict."""
+    raw, gate = backend.gate(), cast("Gate", backend.gate(codec=JSONCodec()))
+    if shape == "a chain":
+        data = '{"nodes":[' * depth + '{"nodes":[],"x":1}' + "]}" * depth
+    else:
+        data = '{"nodes":[{"nodes":[]},' * depth + '{"nodes":[],"x":1}' + "]}" * depth
+    token = raw.start(300, {"tree": data})
+    began = time.process_time()
+    try:
+        read = gate.pget(token, "tree", as_=Node)
+        gate.pset(token, "tree", Node(), if_match=read)
+    except (PayloadConflictError, PayloadDecodeError, ArgumentError):
+        assert raw.pget(token, "tree") == data.encode()
+    else:
+        raise AssertionError("a field was lost")
+    assert time.process_time() - began < 5  # a try for each order would take years
+    raw.pset(token, "tree", '{"nodes": [{}, {}]}')
+    gate.pset(token, "tree", Node(), if_match=gate.pget(token, "tree", as_=Node))
+
+
+@one_gate
+@with_types
+def test_a_set_of_what_has_members_matches(backend: Backend, codec: Codec[Any, Any]) -> None:
+    """A set of objects or tuples matches as it was read, in whichever order it is stored."""
+    gate: Gate = backend.gate(codec=codec)
+    names = [{"name": name} for name in "dbcaefg"]
+    for held, as_ in ((names, set[Named]), ([[n, "x"] for n in "dbca"], set[tuple[str, str]])):
+        token = gate.start(300, {"x": held})
+        gate.pset(token, "x", "new", if_match=gate.pget(token, "x", as_=as_), as_=as_)
+        gate.pset(token, "x", [*held, held[0]])
+        with pytest.raises(PayloadConflictError):  # one that is there twice would be lost
+            gate.pset(token, "x", "new", if_match=gate.pget(token, "x", as_=as_), as_=as_)
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a set may hold."""
+
+    name: str
+    age: int = 7
+
+
+@pytest.mark.parametrize("flavour", ["sync", "async"], indirect=True)
+def test_as_is_of_the_condition(unsent: Callable[[Codec[Any, Any]], Gate]) -> None:
+    """The type that a condition was read as is a type, and comes with a condition."""
+    gate = unsent(JSONCodec())
+    with pytest.raises(ArgumentError, match=r"as_.*give if_match too"):
+        gate.pset(TOKEN, "n", 1, as_=int)
+    with pytest.raises(ArgumentError, match="as_ is a type"):
+        gate.pset(TOKEN, "n", 1, if_match=1, as_="nonsense")
+    with pytest.raises(ArgumentError, match=r"as_ is bytes or str"):
+        unsent(BytesCodec()).pset(TOKEN, "n", b"1", if_match=b"1", as_=int)
+
+
 @one_gate
 @with_types
 def test_the_order_of_a_dict(backend: Backend, codec: Codec[Any, Any]) -> None:
@@ -942,7 +1009,7 @@ def test_what_a_codec_may_return() -> None:
 @pytest.mark.parametrize("result", [None, 7, [SECRET], b"", "", SECRET + "\ud800", object()])
 def test_what_a_codec_may_not_return(result: object) -> None:
     """Anything else is refused, with the payload's name and nothing of what it holds."""
-    with pytest.raises(ArgumentError, match=r"^data of payload 'x' is ") as caught:
+    with pytest.raises(ArgumentError, match=r"^data of payload 'x' (is|must be) ") as caught:
         memory(Returning(result)).start(300, {"x": SECRET})
     assert_without_content(caught.value)
 
