@@ -30,10 +30,10 @@ from .keyspace import Keyspace, system_random
 from .lane import Batch, Lane, OneLoop, Waiting, Watch
 from .primaries import primary_of
 from .routes import AsyncRoutes, Journey
-from .sealing import SealingKey, sealing_key_ring
+from .sealing import SealingKey, key_rings
 from .subjects import Overflow
 from .timed import FOREVER, within_async
-from .tokens import SignKey, SignKeyRing
+from .tokens import SignKey
 from .values import Values
 
 R = TypeVar("R")
@@ -121,6 +121,11 @@ class AsyncSessionGate(Generic[In, Out]):
     ) -> None:
         self._closed = False
         self._prefix = prefix
+        self._kind = ""
+        try:
+            rings = key_rings(sign_key, sealing_key, accept_unsealed=accept_unsealed)
+        finally:
+            del sign_key, sealing_key  # a log that shows the variables of an error shows no key
         if not isinstance(client, Redis | RedisCluster) or isinstance(client, Pipeline):
             kinds = "redis.asyncio.Redis or redis.asyncio.RedisCluster"
             raise not_a_client(client, kinds, "AsyncSessionGate")
@@ -128,13 +133,14 @@ class AsyncSessionGate(Generic[In, Out]):
             raise ConfigurationError("max_waiting is a whole number of at least 1")
         self._timeout = timeout_setting(timeout)
         self._commands: Commands[In, Out] = Commands(
-            SignKeyRing(sign_key),
+            rings[0],
             Keyspace(prefix, random),
-            Values(codec, sealing_key_ring(sealing_key, sign_key, accept_unsealed=accept_unsealed)),
+            Values(codec, rings[1]),
             max_sessions=max_sessions,
             on_overflow=on_overflow,
             min_replicas=min_replicas_setting(min_replicas),
         )
+        self._kind = self._commands.values.kind
         self._client = client
         self._owns_client = False
 
@@ -196,21 +202,24 @@ class AsyncSessionGate(Generic[In, Out]):
             84
             >>> await gate.aclose()
         """
-        gate = cls(
-            async_client_from_url(url),
-            sign_key=sign_key,
-            prefix=prefix,
-            max_sessions=max_sessions,
-            on_overflow=on_overflow,
-            auto_pipeline=auto_pipeline,
-            max_waiting=max_waiting,
-            timeout=timeout,
-            min_replicas=min_replicas,
-            codec=codec,
-            sealing_key=sealing_key,
-            accept_unsealed=accept_unsealed,
-            random=random,
-        )
+        try:
+            gate = cls(
+                async_client_from_url(url),
+                sign_key=sign_key,
+                prefix=prefix,
+                max_sessions=max_sessions,
+                on_overflow=on_overflow,
+                auto_pipeline=auto_pipeline,
+                max_waiting=max_waiting,
+                timeout=timeout,
+                min_replicas=min_replicas,
+                codec=codec,
+                sealing_key=sealing_key,
+                accept_unsealed=accept_unsealed,
+                random=random,
+            )
+        finally:
+            del sign_key, sealing_key
         gate._owns_client = True
         return gate
 
@@ -224,9 +233,9 @@ class AsyncSessionGate(Generic[In, Out]):
         idle_timeout: int | timedelta | None = None,
         min_replicas: int | None = None,
     ) -> str:
-        return await self._run(
-            self._commands.start(ttl, payloads, subject, idle_timeout, min_replicas)
-        )
+        command = self._commands.start(ttl, payloads, subject, idle_timeout, min_replicas)
+        del payloads  # a log that shows the variables of an error shows no data
+        return await self._run(command)
 
     @_as_in(SessionGate.touch)
     async def touch(self, token: str | bytes) -> None:
@@ -265,17 +274,19 @@ class AsyncSessionGate(Generic[In, Out]):
         as_: object = None,
         ttl: int | timedelta | None = None,
     ) -> None:
-        return await self._run(
-            self._commands.pset(
-                token, name, data, if_absent=if_absent, if_match=if_match, as_=as_, ttl=ttl
-            )
+        command = self._commands.pset(
+            token, name, data, if_absent=if_absent, if_match=if_match, as_=as_, ttl=ttl
         )
+        del data, if_match
+        return await self._run(command)
 
     @_as_in(SessionGate.pset_many)
     async def pset_many(
         self, token: str | bytes, payloads: Mapping[str, In], *, delete: Iterable[str] = ()
     ) -> None:
-        return await self._run(self._commands.pset_many(token, payloads, delete))
+        command = self._commands.pset_many(token, payloads, delete)
+        del payloads
+        return await self._run(command)
 
     @overload
     async def pget(self, token: str | bytes, name: str) -> Out: ...
@@ -423,7 +434,8 @@ class AsyncSessionGate(Generic[In, Out]):
         await self.aclose()
 
     def __repr__(self) -> str:
-        return f"<AsyncSessionGate prefix={self._prefix!r}{' closed' if self._closed else ''}>"
+        closed = " closed" if self._closed else ""
+        return f"<AsyncSessionGate prefix={self._prefix!r}{self._kind}{closed}>"
 
     async def _run(self, command: Command[R]) -> R:
         if self._closed:

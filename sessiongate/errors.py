@@ -21,7 +21,7 @@ class SessionGateError(Exception):
         │   │   └── BadSignatureError
         │   └── SessionNotFoundError     ended, expired or never there
         ├── PayloadNotFoundError         also a KeyError
-        ├── PayloadConflictError         if_absent or if_match was not so
+        ├── PayloadConflictError         the condition of if_absent or if_match was not met
         ├── PayloadTypeError             the payload is no counter
         │   └── PayloadOverflowError     also an OverflowError
         ├── PayloadDecodeError           the codec cannot read what is stored
@@ -114,7 +114,7 @@ class PayloadConflictError(SessionGateError):
         self.name = name
 
     def __str__(self) -> str:
-        return f"payload {self.name!r} is not as the condition wants it: read it and decide anew"
+        return f"payload {self.name!r} does not meet if_absent or if_match: read it and decide anew"
 
 
 class PayloadTypeError(SessionGateError):
@@ -161,7 +161,7 @@ class UnsealError(SessionGateError):
     """What is stored is not what this session sealed under this name with one of the gate's keys.
 
     It was changed, cut, moved from elsewhere, never sealed, or sealed with a key that the gate does
-    not have. Nothing of it is returned.
+    not have. Nothing of it is returned. Log it, end the session and start another.
 
     Attributes:
         name: the payload's name, as it was asked for.
@@ -240,7 +240,10 @@ class HandleError(SessionGateError, RuntimeError):
 
 
 class EventLoopError(SessionGateError, RuntimeError):
-    """The gate was used from another event loop than before; its connection lives in that one."""
+    """The gate was used from another event loop than before; its connection lives in that one.
+
+    Make one gate for each event loop.
+    """
 
     def __str__(self) -> str:
         return (

@@ -21,9 +21,9 @@ from .errors import GateClosedError
 from .handle import DEFAULT_TTL, Session
 from .keyspace import Keyspace, system_random
 from .lines import Channel, ClusterLines, Lines
-from .sealing import SealingKey, sealing_key_ring
+from .sealing import SealingKey, key_rings
 from .subjects import Overflow
-from .tokens import SignKey, SignKeyRing
+from .tokens import SignKey
 from .values import Values
 
 R = TypeVar("R")
@@ -90,6 +90,11 @@ class SessionGate(Generic[In, Out]):
     ) -> None:
         self._closed = False
         self._prefix = prefix
+        self._kind = ""
+        try:
+            rings = key_rings(sign_key, sealing_key, accept_unsealed=accept_unsealed)
+        finally:
+            del sign_key, sealing_key  # a log that shows the variables of an error shows no key
         if not isinstance(client, Redis | RedisCluster | LaterCluster) or isinstance(
             client, Pipeline | ClusterPipeline
         ):
@@ -99,13 +104,14 @@ class SessionGate(Generic[In, Out]):
         self._client = client
         self._timeout = timeout_setting(timeout)
         self._commands: Commands[In, Out] = Commands(
-            SignKeyRing(sign_key),
+            rings[0],
             Keyspace(prefix, random),
-            Values(codec, sealing_key_ring(sealing_key, sign_key, accept_unsealed=accept_unsealed)),
+            Values(codec, rings[1]),
             max_sessions=max_sessions,
             on_overflow=on_overflow,
             min_replicas=min_replicas_setting(min_replicas),
         )
+        self._kind = self._commands.values.kind
         self._channel: Channel = (
             Lines(client.connection_pool, self._timeout)
             if isinstance(client, Redis)
@@ -155,19 +161,22 @@ class SessionGate(Generic[In, Out]):
             ...     gate.verify(gate.start(300)).isalnum()
             True
         """
-        return cls(
-            client_from_url(url),  # type: ignore[arg-type]  # what makes a cluster client later is ours alone
-            sign_key=sign_key,
-            prefix=prefix,
-            max_sessions=max_sessions,
-            on_overflow=on_overflow,
-            timeout=timeout,
-            min_replicas=min_replicas,
-            codec=codec,
-            sealing_key=sealing_key,
-            accept_unsealed=accept_unsealed,
-            random=random,
-        )
+        try:
+            return cls(
+                client_from_url(url),  # type: ignore[arg-type]  # what makes a cluster client later is ours alone
+                sign_key=sign_key,
+                prefix=prefix,
+                max_sessions=max_sessions,
+                on_overflow=on_overflow,
+                timeout=timeout,
+                min_replicas=min_replicas,
+                codec=codec,
+                sealing_key=sealing_key,
+                accept_unsealed=accept_unsealed,
+                random=random,
+            )
+        finally:
+            del sign_key, sealing_key
 
     def start(
         self,
@@ -205,7 +214,9 @@ class SessionGate(Generic[In, Out]):
             84
             >>> token = gate.start(86_400, {"cart": b"[]"}, subject="alice", idle_timeout=1800)
         """
-        return self._run(self._commands.start(ttl, payloads, subject, idle_timeout, min_replicas))
+        command = self._commands.start(ttl, payloads, subject, idle_timeout, min_replicas)
+        del payloads  # a log that shows the variables of an error shows no data
+        return self._run(command)
 
     def touch(self, token: str | bytes) -> None:
         """Use the session, so that its idle timeout begins anew, and do nothing else.
@@ -346,11 +357,11 @@ class SessionGate(Generic[In, Out]):
             >>> gate.pset(token, "cart", '["book"]', if_match="[]")
             >>> gate.pset(token, "signed in", "yes", ttl=300)
         """
-        return self._run(
-            self._commands.pset(
-                token, name, data, if_absent=if_absent, if_match=if_match, as_=as_, ttl=ttl
-            )
+        command = self._commands.pset(
+            token, name, data, if_absent=if_absent, if_match=if_match, as_=as_, ttl=ttl
         )
+        del data, if_match
+        return self._run(command)
 
     def pset_many(
         self, token: str | bytes, payloads: Mapping[str, In], *, delete: Iterable[str] = ()
@@ -370,7 +381,9 @@ class SessionGate(Generic[In, Out]):
         Example:
             >>> gate.pset_many(token, {"lang": "en", "cart": b"[]"}, delete=["flash"])
         """
-        return self._run(self._commands.pset_many(token, payloads, delete))
+        command = self._commands.pset_many(token, payloads, delete)
+        del payloads
+        return self._run(command)
 
     @overload
     def pget(self, token: str | bytes, name: str) -> Out: ...
@@ -716,7 +729,8 @@ class SessionGate(Generic[In, Out]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<SessionGate prefix={self._prefix!r}{' closed' if self._closed else ''}>"
+        closed = " closed" if self._closed else ""
+        return f"<SessionGate prefix={self._prefix!r}{self._kind}{closed}>"
 
     def _run(self, command: Command[R]) -> R:
         if self._closed:

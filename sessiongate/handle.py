@@ -4,25 +4,27 @@ What was read, what is to be written, and the command for each; the gate runs it
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+import warnings
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast, overload
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, Self, TypeVar, cast, overload
 
 from . import answers
-from .arguments import field_arg, grace_arg, names_arg, subject_arg
+from .arguments import field_arg, grace_arg, names_arg
 from .codecs import In, Out, T
 from .command import Command
 from .commands import Commands, Opened
 from .errors import (
     HandleError,
+    PayloadDecodeError,
     PayloadNotFoundError,
     SessionNotFoundError,
     UnderReplicatedError,
 )
-from .subjects import Opening
+from .subjects import Opening, subject_bytes
 from .values import decoded
 
 R = TypeVar("R")
@@ -62,13 +64,15 @@ class _Payload:
         field: its field in the session's hash.
         owner: the Redis key of the hash that it was read from.
         stored: what Redis has of it, until it was opened; None if it was assigned.
-        data: what Redis has of it, opened; None if it was assigned and is not stored yet.
+        data: what the value was decoded from; None if the value was assigned.
+        is_pending: whether data is still to be stored: a value that was assigned or changed was
+            asked for as another type since.
         before: what a value that was read as a type was then, encoded; None if it cannot be.
         value: what the application has in its hands.
         as_: the type that it was asked for.
     """
 
-    __slots__ = ("as_", "before", "data", "field", "owner", "stored", "value")
+    __slots__ = ("as_", "before", "data", "field", "is_pending", "owner", "stored", "value")
 
     def __init__(
         self, field: bytes, owner: bytes = b"", stored: bytes | None = None, value: Any = _UNKNOWN
@@ -77,15 +81,34 @@ class _Payload:
         self.owner = owner
         self.stored = stored
         self.data: bytes | None = None
+        self.is_pending = False
         self.before: bytes | None = None
         self.value = value
         self.as_: Any = None
 
 
-class _Changes(NamedTuple):
-    """What a write stores: of each payload its data; and what it deletes: by name its field."""
+def _is_assigned(payload: _Payload) -> bool:
+    return payload.value is not _UNKNOWN and payload.data is None
 
-    stored: dict[str, tuple[_Payload, bytes]]
+
+class _Change(NamedTuple):
+    """A payload that a write stores: the data, and what its value was decoded from by then."""
+
+    payload: _Payload
+    data: bytes
+    base: bytes | None
+
+    def __repr__(self) -> str:
+        return "<_Change>"
+
+    def __sentry_repr__(self) -> str:
+        return repr(self)
+
+
+class _Changes(NamedTuple):
+    """What a write stores, by name; and what it deletes: by name its field."""
+
+    stored: dict[str, _Change]
     deleted: dict[str, bytes]
 
     def __repr__(self) -> str:
@@ -109,6 +132,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         "_id",
         "_info",
         "_is_entered",
+        "_is_minded",
         "_is_over",
         "_opening",
         "_payloads",
@@ -125,6 +149,13 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         opening: Opening,
         subject: str | None,
     ) -> None:
+        # First what a repr and `__del__` need, whatever happens.
+        self._id: str | None = None
+        self._payloads: dict[str, _Payload] = {}
+        self._deleted: dict[str, bytes] = {}
+        # The names of what Redis has; None if that was not read yet.
+        self._there: set[str] | None = None
+        self._is_entered = self._is_over = self._is_minded = False
         self._commands = commands
         self._id = None if token is None else commands.verify(token)
         # Behind a call: a traceback that shows local variables shows attributes of none.
@@ -132,18 +163,28 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         self._fields = None if names is None else names_arg(names)
         self._opening = opening
         if subject is not None:
-            subject_arg(subject)
-        self._subject = subject
+            subject_bytes(subject)
+        # That of a session that is there already is its own.
+        self._subject = subject if token is None else None
         self._info: answers.SessionInfo | None = None
-        self._payloads: dict[str, _Payload] = {}
-        self._deleted: dict[str, bytes] = {}
-        # The names of what Redis has; None if that was not read yet.
-        self._there: set[str] | None = None
-        self._is_entered = self._is_over = False
 
     def __repr__(self) -> str:
         read = "" if self._there is None else ", read"
         return f"<{type(self).__name__} {self._id or 'not started'}{read}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} is one request's: it is neither copied nor pickled")
+
+    def __del__(self) -> None:
+        if not self._is_minded and (
+            self._deleted or any(map(_is_assigned, self._payloads.values()))
+        ):
+            warnings.warn(
+                "the changes of a session were never stored: use `with gate.open(token) as "
+                "session`, or session.save()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     # What reports errors with their variables would go through a mapping, and read the session.
     def __sentry_repr__(self) -> str:
@@ -165,8 +206,8 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
 
     @property
     def subject(self) -> str | None:
-        """Who the session belongs to, as it was read."""
-        if self._there is None:
+        """Who the session belongs to, as it was read; None if it has no subject."""
+        if self._there is None and self._subject is None:
             self._fetch()
         return self._subject
 
@@ -253,6 +294,42 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
             self._fetch()
         return len(self._payloads)
 
+    def setdefault(self, name: str, default: In | None = None) -> Out:  # type: ignore[override]  # what goes in may be more
+        """The payload of that name; if there is none, the default, which is then assigned.
+
+        Example:
+            >>> from sessiongate import SessionGate
+            >>> gate = SessionGate.from_url("memory://", sign_key="k" * 32)
+            >>> with gate.open(None) as session:
+            ...     session.setdefault("lang", "en")
+            b'en'
+        """
+        if name not in self:
+            self[name] = cast("In", default)
+        return self[name]
+
+    @overload  # type: ignore[override]  # what goes in may be more
+    def update(self, payloads: Mapping[str, In], /, **more: In) -> None: ...
+
+    @overload
+    def update(self, payloads: Iterable[tuple[str, In]] = (), /, **more: In) -> None: ...
+
+    def update(self, payloads: Any = (), /, **more: In) -> None:
+        """Assign several payloads, as `dict.update`.
+
+        Example:
+            >>> with gate.open(session.token) as session:
+            ...     session.update({"lang": "de"}, cart="3 books")
+            >>> gate.pall(session.token)
+            {'lang': b'de', 'cart': b'3 books'}
+        """
+        for name, value in dict(payloads, **more).items():
+            self[name] = value
+
+    def __ior__(self, payloads: Mapping[str, In]) -> Self:
+        self.update(payloads)
+        return self
+
     def clear(self) -> None:
         """Delete all payloads: of those that were to be read, if they were named."""
         for name in self:
@@ -262,7 +339,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         self._check_writable()
         if self._is_entered:
             raise HandleError("the handle was entered already: one block has one, from open(token)")
-        self._is_entered = True
+        self._is_entered = self._is_minded = True
 
     def _is_unread(self) -> bool:
         """Whether there is something of the session to read."""
@@ -318,10 +395,9 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
             payload.data = opened(payload.owner, payload.field, payload.stored)
             payload.stored = None
         changed = self._change(name, payload)
-        if changed is None:
-            return payload.data or b""  # the value may have defaults that this has not
-        payload.data = None
-        return changed
+        if changed is not None:
+            payload.data, payload.is_pending = changed, True
+        return payload.data or b""  # the value may have defaults that this has not
 
     # What to send, and what to make of the answers.
 
@@ -344,14 +420,15 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
 
     def _writing(self, subject: str | None = None) -> tuple[Command[Any], _Changes] | None:
         """What stores all changes, and these; None if there is nothing to store."""
+        self._is_minded = True
         stored = {
-            name: (payload, data)
+            name: _Change(payload, data, payload.data)
             for name, payload in self._payloads.items()
             if (data := self._change(name, payload)) is not None
         }
         changes = _Changes(stored, dict(self._deleted))
         fields = tuple(
-            [word for payload, data in stored.values() for word in (payload.field, data)]
+            [word for change in stored.values() for word in (change.payload.field, change.data)]
         )
         if self._token is None:
             return (self._starting(fields, subject), changes) if stored else None
@@ -365,40 +442,47 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         return self._commands.begin(opening, self._subject if subject is None else subject)
 
     def _change(self, name: str, payload: _Payload) -> bytes | None:
-        """The data of a payload that was assigned or changed in place."""
-        if payload.value is _UNKNOWN or (
-            payload.data is not None and type(payload.value) in _IMMUTABLE
-        ):
+        """The data of a payload that is to be stored: it was assigned, or changed in place."""
+        if payload.value is _UNKNOWN:
             return None
+        if payload.data is not None and self._is_unchanged(name, payload):
+            return payload.data if payload.is_pending else None
+        return self._commands.values.encoded(payload.value, name)  # or what tells why it cannot be
+
+    def _is_unchanged(self, name: str, payload: _Payload) -> bool:
+        """Whether a value is still what was decoded."""
+        if type(payload.value) in _IMMUTABLE:
+            return True
         values = self._commands.values
-        if payload.data is None:
-            return values.encoded(payload.value, name)
         data = values.encoded_or_none(payload.value, name)
         if data is not None and data == payload.data:
-            return None
+            return True
         # Others may have encoded the same value to other bytes. What was read as a type is not
         # decoded again: a default of it may be another one each time.
         before = payload.before
         if payload.as_ is None:
-            before = values.encoded_anew(payload.data, name)
-        if data is not None:
-            return None if data == before else data
-        if before is None and self._is_as_read(name, payload):
-            return None
-        return values.encoded(payload.value, name)  # which tells why it cannot be
-
-    def _is_as_read(self, name: str, payload: _Payload) -> bool:
-        """Whether a value that cannot be encoded is what was read: others may have stored it."""
-        read = decoded(self._commands.values.decoder(payload.as_), payload.data or b"", name)
-        return bool(read == payload.value)
+            before = values.encoded_anew(payload.data or b"", name)
+        if data is not None or before is not None:
+            return data == before
+        # It cannot be encoded: others may have stored it.
+        try:
+            read = decoded(values.decoder(payload.as_), payload.data or b"", name)
+            return bool(read == payload.value) and repr(read) == repr(payload.value)  # 1 is no True
+        except (PayloadDecodeError, RecursionError):
+            return True  # so deep that it cannot even be looked at from here
+        except Exception:  # noqa: BLE001  # a class of the application's that cannot be compared
+            return False
 
     def _was_written(self, changes: _Changes, token: str | None) -> None:
         # Under asyncio another task may have gone on meanwhile: what it did is still to be stored.
         for name, field in changes.deleted.items():
             if self._deleted.get(name) == field:
                 del self._deleted[name]
-        for name, (payload, data) in changes.stored.items():
-            payload.data = payload.before = data
+        for name, (payload, data, base) in changes.stored.items():
+            if payload.data is base and data != base:
+                payload.data = payload.before = data
+            if payload.data == data:
+                payload.is_pending = False
             if name not in self._payloads:
                 self._deleted[name] = payload.field
         if self._there is not None:

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from .arguments import MISSING_HINT, type_of_setting
 from .cipher import KEY_BYTES, NONCE_BYTES, cipher
 from .errors import ConfigurationError
-from .tokens import SignKey
+from .tokens import SignKey, SignKeyRing
 
 SealingKey = str | bytes
 
@@ -135,6 +135,12 @@ class SealingKeyRing:
     def __repr__(self) -> str:
         return f"<SealingKeyRing of {len(self._keys)}>"
 
+    @property
+    def kind(self) -> str:
+        """What it does, in a few words."""
+        seals = "sealed" if self._seals else "opens sealed"
+        return f"{seals}, accepts unsealed" if self._accepts_unsealed else seals
+
     def seal(self, data: bytes, owner: bytes, field: bytes) -> bytes:
         """What to store of data in that field of the hash at that Redis key: 48 bytes more."""
         if not self._seals and not _looks_sealed(data):
@@ -170,7 +176,27 @@ def _looks_sealed(data: bytes) -> bool:
     return _MARK.startswith(data[: len(_MARK)])
 
 
-def sealing_key_ring(
+def key_rings(
+    sign_key: SignKey | Sequence[SignKey],
+    sealing_key: SealingKey | Sequence[SealingKey | None] | None,
+    *,
+    accept_unsealed: bool,
+) -> tuple[SignKeyRing, SealingKeyRing | None]:
+    """What a gate signs and seals with.
+
+    Raises:
+        ConfigurationError: a key cannot be used. A log that shows variables finds no key with it.
+    """
+    try:
+        return SignKeyRing(sign_key), _sealing_key_ring(
+            sealing_key, sign_key, accept_unsealed=accept_unsealed
+        )
+    except ConfigurationError as error:
+        del sign_key, sealing_key
+        raise error.with_traceback(None) from None
+
+
+def _sealing_key_ring(
     sealing_key: SealingKey | Sequence[SealingKey | None] | None,
     sign_key: SignKey | Sequence[SignKey],
     *,
@@ -224,11 +250,22 @@ def _key_bytes(key: object) -> bytes:
     else:
         raise ConfigurationError(f"a sealing key is a str or bytes, not {type_of_setting(key)}")
     if raw is None:
-        what = "characters" if isinstance(key, str) else "bytes"
+        digits = 2 * KEY_BYTES
+        if len(key) == digits:
+            found = (
+                f"{digits} characters that are not all of 0-9 and a-f"
+                if isinstance(key, str)
+                else f"{digits} bytes: hexadecimal digits are given as a str"
+            )
+        else:
+            found = (
+                f"{len(key)} {'characters' if isinstance(key, str) else 'bytes'}: make one with "
+                "`sessiongate keygen`, and look whether something is before or behind it, as a "
+                "newline"
+            )
         raise ConfigurationError(
-            f"a sealing key is {KEY_BYTES} bytes, or a str of their {2 * KEY_BYTES} hexadecimal "
-            f"digits, not {len(key)} {what}: make one with `sessiongate keygen`, and look whether "
-            "something is before or behind it, as a newline"
+            f"a sealing key is {KEY_BYTES} bytes, or a str of their {digits} hexadecimal digits, "
+            f"not {found}"
         )
     if not raw.strip(b"\0"):
         raise ConfigurationError(f"a sealing key is nothing but zeros{MISSING_HINT}")

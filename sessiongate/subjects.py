@@ -24,7 +24,7 @@ from .errors import (
     SessionNotFoundError,
 )
 from .keyspace import Keyspace, is_session_id, slot_of
-from .tokens import SignKeyRing
+from .tokens import SignKeyRing, is_spelt_as_token
 from .values import Values
 
 Overflow = Literal["evict", "reject"]
@@ -131,6 +131,21 @@ class _Work(NamedTuple):
 _GoOn = Callable[[bytes], R | Command[R]]
 
 
+def subject_bytes(subject: str) -> bytes:
+    """The bytes of a subject.
+
+    Raises:
+        ArgumentError: it is out of its limits, or a token.
+    """
+    raw = subject_arg(subject)
+    if is_spelt_as_token(subject):  # not for Redis, and a slip: it has no sessions to end
+        raise ArgumentError(
+            "subject is a token: give the user's id, as in info(token).subject; to end the session "
+            "of a token, use end(token)"
+        )
+    return raw
+
+
 class Subjects:
     """Makes the commands that concern a subject's sessions.
 
@@ -170,13 +185,13 @@ class Subjects:
 
     def start(self, subject: str, opening: Opening, replicas: int) -> Command[str]:
         """Open a session of the subject."""
-        raw = subject_arg(subject)
+        raw = subject_bytes(subject)
         index_key = self.index_key(raw)
         return self._join(_Joining(raw, index_key, opening, None, 0, self._limit, replicas))
 
     def adopt(self, source: Source, subject: str, replicas: int) -> Command[str]:
         """Give the session to the subject, under a new id and with a new token."""
-        raw = subject_arg(subject)
+        raw = subject_bytes(subject)
         index_key, generation = self.index_key(raw), source.generation + 1
         joining = _Joining(raw, index_key, _AS_IT_IS, source, generation, self._limit, replicas)
         if self._values.seals:
@@ -185,7 +200,7 @@ class Subjects:
 
     def sessions(self, subject: str) -> Command[list[SessionInfo]]:
         """Tell of the live sessions, the oldest first."""
-        raw = subject_arg(subject)
+        raw = subject_bytes(subject)
         infos: dict[bytes, SessionInfo] = {}
 
         def tell(work: _Work, go_on: _GoOn[list[SessionInfo]]) -> Command[list[SessionInfo]]:
@@ -201,7 +216,7 @@ class Subjects:
 
     def end_all(self, subject: str, keep: str, replicas: int) -> Command[int]:
         """End all but the session whose id is to be kept; how many ended."""
-        raw = subject_arg(subject)
+        raw = subject_bytes(subject)
         counts: list[int] = []
 
         def end(work: _Work, go_on: _GoOn[int]) -> Command[int]:
@@ -272,7 +287,7 @@ class Subjects:
 
     def end_one(self, subject: str, session_id: str, replicas: int) -> Command[None]:
         """End the session of that id, if it is the subject's."""
-        raw = subject_arg(subject)
+        raw = subject_bytes(subject)
         if not isinstance(session_id, str):
             raise ArgumentError(f"session_id is a str, not {type(session_id).__name__}")
         if not is_session_id(session_id):

@@ -23,6 +23,11 @@ _match_v1 = re.compile(r"v1\.([A-Za-z0-9]{16})\.([0-9a-f]{64})").fullmatch
 _match_v2 = re.compile(r"v2\.([A-Za-z0-9]{16})\.([1-9][0-9]{0,17})\.([0-9a-f]{64})").fullmatch
 
 
+def is_spelt_as_token(text: str) -> bool:
+    """Whether it could be a token, of whichever key."""
+    return bool(_match_v1(text) or _match_v2(text))
+
+
 class SignKeyRing:
     """The sign keys of a gate: the first one signs, all of them verify."""
 
@@ -140,7 +145,7 @@ def _key_bytes(key: object) -> bytes:
     raw = utf8(key) if isinstance(key, str) else key
     if raw is None:
         raise ConfigurationError(
-            "a sign key is valid text or bytes: this str holds a lone surrogate"
+            "a sign key must be valid text or bytes: this str holds a lone surrogate"
         )
     if not raw.strip(b"\0"):  # HMAC pads a key with NULs: of them alone it is the empty one
         raise ConfigurationError(f"a sign key is empty{MISSING_HINT}")

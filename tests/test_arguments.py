@@ -48,9 +48,10 @@ from sessiongate.commands import Commands
 from sessiongate.connect import async_client_from_url, client_from_url
 from sessiongate.keyspace import Keyspace
 from sessiongate.lines import Lines
+from sessiongate.tokens import SignKeyRing
 from sessiongate.values import Values
 
-from .conftest import Flavour
+from .conftest import SIGN_KEY, Flavour
 from .servers import NO_RETRY
 
 KEY = "k" * 32
@@ -657,6 +658,27 @@ def test_the_tree_of_errors() -> None:
     assert issubclass(PayloadNotFoundError, LookupError)
     assert issubclass(PayloadOverflowError, PayloadTypeError)
     assert issubclass(PayloadOverflowError, OverflowError)
+
+
+def test_a_token_is_no_subject(flavour: Flavour) -> None:
+    """A token given for a subject is a slip: it is refused, and neither told nor sent."""
+    gate = flavour.gate(flavour.client(1))
+    genuine = SignKeyRing(SIGN_KEY).sign("A" * 16)[0]
+    for token in (genuine, "v2.AAAAAAAAAAAAAAAA.12." + "0" * 64):
+        calls: list[Callable[[], object]] = [
+            lambda: gate.sessions(token),  # noqa: B023  # it is called within this turn
+            lambda: gate.end_all(token),  # noqa: B023
+            lambda: gate.end_one(token, "A" * 16),  # noqa: B023
+            lambda: gate.start(300, subject=token),  # noqa: B023
+            lambda: gate.renew(genuine, subject=token),  # noqa: B023
+            lambda: gate.open(None, subject=token),  # noqa: B023
+        ]
+        for call in calls:
+            with pytest.raises(
+                ArgumentError, match=r"subject is a token: .*end\(token\)"
+            ) as caught:
+                call()
+            assert token not in str(caught.value)
 
 
 def test_a_grace_with_a_subject(flavour: Flavour) -> None:

@@ -1,15 +1,18 @@
 """The handle that `gate.open` returns: what it reads and writes, when, and what it leaves alone."""
 
 import asyncio
+import gc
 import json
 import logging
+import pickle
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from threading import Barrier
@@ -272,6 +275,11 @@ def save_and_read(session: AnySession) -> None:
     assert session["a"] == [7]
     assert session.get("b") is None
     assert dict(session) == {"a": [7]}
+
+
+def assign_and_save(session: AnySession) -> None:
+    session["a"] = [7]
+    session.save()
 
 
 def assign_and_end(session: AnySession) -> None:
@@ -1388,6 +1396,7 @@ def test_reading_before_loading(wire: Wire) -> None:
     session["a"] = 2
     assert session["a"] == 2
     assert (session.token, session.id) == (token, wire.gate.verify(token))
+    session._is_minded = True  # it is not to be stored
     assert wire.trips() == 0
 
 
@@ -1754,6 +1763,7 @@ def test_who_looks_at_a_handle_reads_nothing(
     assert one != {"secret": "of this handle"}
     assert {one, other} == {other, one}
     assert as_reported({"session": one}) == {"session": repr(one)}
+    getattr(one, "awaited", one)._is_minded = True  # it is not to be stored
 
 
 @pytest.mark.parametrize("flavour", ["sync"], indirect=True)
@@ -1776,6 +1786,7 @@ def test_frames_of_a_handle_report_nothing(backend: Backend) -> None:
             if "sessiongate" in frame.f_code.co_filename:
                 assert "of this" not in str(as_reported(dict(frame.f_locals)))
         token = gate.start(300, {"secret": "of this session"})
+        session._is_minded = True  # it cannot be stored
 
 
 # What an attacker of the handle tried.
@@ -1899,3 +1910,246 @@ def test_a_codec_that_lacks_a_type_is_no_missing_payload(backend: Backend) -> No
         assert session.get("a", as_=int) == 1
         with pytest.raises(KeyError):
             session.get("a", "none", as_=str)
+
+
+@dataclass
+class Name:
+    """A type that lacks a field of what is stored."""
+
+    name: str
+
+
+FULL = {"name": "Ann", "admin": True}
+
+
+def ask_for_a_name(session: AnySession) -> None:
+    assert session.get("user", as_=Name) == Name("Ann")
+
+
+def assign_and_ask(session: AnySession) -> None:
+    session["user"] = dict(FULL)
+    ask_for_a_name(session)
+
+
+def change_and_ask(session: AnySession) -> None:
+    session["user"]["name"] = "Ann"
+    ask_for_a_name(session)
+
+
+def ask_and_save(session: AnySession) -> None:
+    change_and_ask(session)
+    session.save()
+    session.save()
+
+
+def ask_twice(session: AnySession) -> None:
+    assign_and_ask(session)
+    assert session.get("user", as_=dict[str, object]) == FULL
+
+
+@both
+@in_memory
+@pytest.mark.parametrize("use", [assign_and_ask, change_and_ask, ask_and_save, ask_twice])
+def test_to_ask_for_a_type_loses_no_field(gate: AnyGate, use: Callable[..., None]) -> None:
+    """What is to be stored is stored whole, though it was asked for as a type with less fields."""
+    token = gate.start(300, {"user": {**FULL, "name": "Bob"}})
+    with opened(gate, token) as session:
+        use(session)
+    assert gate.pget(token, "user") == FULL
+    # And then it is stored: another request's is left alone.
+    gate.pset(token, "user", 1)
+    session.save()
+    assert gate.pget(token, "user") == 1
+
+
+@both
+@in_memory
+def test_what_was_asked_for_as_a_type_and_changed_then(gate: AnyGate) -> None:
+    """A change to the object of that type is stored as the type has it, once."""
+    token = gate.start(300, {"user": FULL})
+    with opened(gate, token) as session:
+        assign_and_ask(session)
+        name = session.get("user", as_=Name)
+        assert name
+        name.name = "Zoë"
+        session.save()
+        gate.pset(token, "user", 1)
+    assert gate.pget(token, "user") == 1
+    with opened(gate, token) as session:
+        assign_and_ask(session)
+        session.get("user", None, as_=Name).name = "Zoë"  # type: ignore[union-attr]  # it is there
+    assert gate.pget(token, "user") == {"name": "Zoë"}
+
+
+@pytest.mark.parametrize("flavour", ["async"], indirect=True)
+@in_memory
+def test_to_ask_for_a_type_while_it_is_stored_loses_no_field(backend: Backend) -> None:
+    """Under asyncio the same holds for what another task asks for meanwhile."""
+    gate = cast("Any", backend.gate(codec=JSONCodec())).awaited
+
+    async def use() -> None:
+        token = await gate.start(300)
+        session = gate.open(token)
+        session["user"] = dict(FULL)
+        saving = asyncio.ensure_future(session.save())
+        await asyncio.sleep(0)
+        ask_for_a_name(session)
+        await saving
+        await session.save()
+        assert await gate.pget(token, "user") == FULL
+        session["user"] = {**FULL, "x": 1}
+        saving = asyncio.ensure_future(session.save())
+        await asyncio.sleep(0)
+        session["user"]["x"] = 2
+        ask_for_a_name(session)
+        await saving
+        await session.save()
+        assert await gate.pget(token, "user") == {**FULL, "x": 2}
+
+    backend.flavour.runner.run(use())
+
+
+@both
+@in_memory
+@pytest.mark.parametrize("change", [True, 1.0])
+def test_what_is_equal_may_be_a_change(backend: Backend, change: object) -> None:
+    """In what cannot be encoded again 1, 1.0 and True are three: the change is told."""
+    token = backend.gate().start(300, {"odd": b"[1e999,1]"})
+    gate: AnyGate = backend.gate(codec=JSONCodec())
+    with pytest.raises(ArgumentError), opened(gate, token) as session:
+        session["odd"][1] = change
+
+
+@both
+@in_memory
+def test_what_is_nested_to_the_limit_hinders_no_block(backend: Backend) -> None:
+    """A payload so deep that it can just be read is left, and the others are stored."""
+    raw, gate = backend.gate(), cast("AnyGate", backend.gate(codec=JSONCodec()))
+    token, read = raw.start(300), 0
+    for depth in range(800, 1_000):
+        raw.pset(token, "tree", b"[" * depth + b"]" * depth)
+        with opened(gate, token) as session, suppress(PayloadDecodeError):
+            read += bool(session["tree"] is not None)
+            session["other"] = depth
+        assert raw.pget(token, "tree") == b"[" * depth + b"]" * depth
+        if read == depth - 799:
+            assert gate.pget(token, "other") == depth
+    assert read > 50
+
+
+def forget(sessions: list[AnySession]) -> None:
+    sessions.clear()
+    gc.collect()  # the memory store may keep the frames of the first use of a script
+
+
+FORGOTTEN: dict[str, Callable[[AnySession], object]] = {
+    "assigned": lambda session: session.update(a=1),
+    "deleted": lambda session: session.pop("cart"),
+    "cleared": lambda session: session.clear(),
+}
+MINDED: dict[str, Callable[[AnySession], object]] = {
+    "only read": lambda session: session["cart"],
+    "saved": assign_and_save,
+    "renewed": lambda session: session.renew(),
+    "ended": assign_and_end,
+}
+
+
+@both
+@in_memory
+@pytest.mark.parametrize("name", FORGOTTEN)
+def test_a_forgotten_with_is_told(gate: AnyGate, name: str) -> None:
+    """A handle with changes that nobody was going to store says so when it goes, not what."""
+    token = gate.start(300, {"cart": ["book"]})
+    sessions = [opened(gate, token)]
+    FORGOTTEN[name](sessions[0])
+    with pytest.warns(RuntimeWarning, match=r"never stored.*session\.save\(\)") as told:
+        forget(sessions)
+    assert len(told) == 1
+    assert gate.pall(token) == {"cart": ["book"]}
+
+
+@both
+@in_memory
+@pytest.mark.parametrize("name", MINDED)
+def test_nothing_forgotten_is_not_told(gate: AnyGate, name: str) -> None:
+    """A handle with nothing to store, or that was stored, warns of nothing."""
+    sessions = [opened(gate, gate.start(300, {"cart": ["book"]}))]
+    MINDED[name](sessions[0])
+    with warnings.catch_warnings(record=True) as told:
+        forget(sessions)
+    assert not told
+
+
+@both
+@in_memory
+def test_an_error_in_the_block_forgets_on_purpose(gate: AnyGate) -> None:
+    """What a block that raised did not store is told by its error alone."""
+    with warnings.catch_warnings(record=True) as told:
+        with suppress(ZeroDivisionError), opened(gate, None) as session:
+            session["a"] = 1
+            session["b"] = 1 / 0
+        del session
+        gc.collect()
+    assert not told
+
+
+@both
+@in_memory
+def test_ways_to_assign(raw: AnyGate, gate: AnyGate) -> None:
+    """`setdefault`, `update` and `|=` do what they do to a dict, with values as they come back."""
+    with opened(raw, None) as session:
+        session.setdefault("a", "1")
+        assert session.setdefault("a", "2") == session["a"] == b"1"
+        session.update({"b": "2"}, c="3")
+        session.update([("d", "4"), ("e", b"5")])
+        session.update()
+    token = str(session.token)
+    assert raw.pall(token) == {"a": b"1", "b": b"2", "c": b"3", "d": b"4", "e": b"5"}
+    with pytest.raises(ArgumentError, match="payload 'f'"), opened(raw, token) as session:
+        session.setdefault("f")
+    with opened(gate, token) as session:
+        one: Any = getattr(session, "awaited", session)
+        one |= {"a": [1]}
+        assert one is getattr(session, "awaited", session)
+        assert session.setdefault("f") is None
+        session.setdefault("a", []).append(2)
+    assert gate.pget_many(token, ["a", "f"]) == {"a": [1, 2], "f": None}
+
+
+@both
+def test_who_signed_in_is_known(wire: Wire) -> None:
+    """After a sign-in through the handle its subject is told without asking for it."""
+    token = wire.gate.start(300, {"a": 1})
+    session = opened(wire.gate, token)
+    session.renew(subject="alice")
+    wire.trips()
+    session = getattr(session, "awaited", session)
+    assert session.subject == "alice"
+    assert wire.trips() == 0
+    # Who was named for a session that might be started is no subject of one that is there.
+    other = opened(wire.gate, wire.gate.start(300), subject="bob")
+    assert other.subject is None
+
+
+@both
+@in_memory
+def test_what_could_not_be_made_can_be_shown(backend: Backend, gate: AnyGate) -> None:
+    """With a forged token or a wrong argument, whoever reports the error finds reprs that work."""
+    calls: list[Callable[[], object]] = [
+        lambda: gate.open("forged"),
+        lambda: gate.open(None, names="cart"),
+        lambda: gate.open(None, subject=""),
+        lambda: backend.gate(codec=JSONCodec),
+        lambda: backend.gate(codec=JSONCodec(), sealing_key="short"),
+        lambda: backend.gate(prefix="{"),
+    ]
+    for call in calls:
+        with pytest.raises(SessionGateError) as caught:
+            call()
+        shown = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+        assert "sessiongate" in "".join(shown.format())
+    token = gate.start(300)
+    for copied in (copy, deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="neither copied nor pickled"):
+            copied(gate.open(token))

@@ -99,15 +99,15 @@ def test_a_new_key_is_random() -> None:
     [
         (b"k" * 31, r"is 32 bytes, or a str of their 64 .* not 31 bytes: .*`sessiongate keygen`"),
         (b"k" * 33, "not 33 bytes: make one"),
-        (b"0f" * 32, "not 64 bytes: make one"),
+        (b"0f" * 32, "not 64 bytes: hexadecimal digits are given as a str"),
         (b"", "not 0 bytes: make one"),
         ("", "not 0 characters: make one"),
         ("k" * 32, "not 32 characters: make one"),
-        ("0g" * 32, "64 hexadecimal digits, not 64 characters: make one"),
+        ("0g" * 32, "not 64 characters that are not all of 0-9 and a-f"),
         ("0f" * 31, "not 62 characters: make one"),
         ("0f" * 32 + "\n", "not 65 characters: make one"),
-        ("0f " * 21 + "f", "not 64 characters: make one"),
-        ("\N{ARABIC-INDIC DIGIT ZERO}f" * 32, "not 64 characters: make one"),
+        ("0f " * 21 + "f", "not all of 0-9 and a-f"),
+        ("\N{ARABIC-INDIC DIGIT ZERO}f" * 32, "not all of 0-9 and a-f"),
         ("00" * 32, "nothing but zeros: is it missing from your settings?"),
         (b"\0" * 32, "nothing but zeros: is it missing from your settings?"),
         ([], "is an empty list: give at least one, or None"),
@@ -223,9 +223,27 @@ def test_one_secret_for_two_things(kind: Any, sign_key: Any, sealing_key: Any) -
 def test_a_refused_key_can_be_shown_with_its_frames() -> None:
     """A tool that prints local variables can show that a key was refused: reprs do not fail."""
     with pytest.raises(ConfigurationError) as caught:
-        SessionGate.from_url("memory://", sign_key=SIGN_KEY, sealing_key=b"short")
+        SealingKeyRing(b"short")
     shown = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
     assert "SealingKeyRing" in "".join(shown.format())
+
+
+@pytest.mark.parametrize("kind", [SessionGate, AsyncSessionGate])
+def test_a_gate_tells_whether_it_seals(kind: Any) -> None:
+    """The repr of a gate names its codec, and says what becomes of payloads."""
+    for options, told in (
+        ({}, ""),
+        ({"codec": JSONCodec()}, " JSONCodec"),
+        ({"sealing_key": OLD}, " sealed"),
+        ({"sealing_key": [NEW, OLD], "codec": JSONCodec()}, " JSONCodec sealed"),
+        ({"sealing_key": OLD, "accept_unsealed": True}, " sealed, accepts unsealed"),
+        (
+            {"sealing_key": [None, OLD], "accept_unsealed": True},
+            " opens sealed, accepts unsealed",
+        ),
+    ):
+        gate = kind.from_url("memory://", sign_key=SIGN_KEY, prefix="shop", **options)
+        assert repr(gate) == f"<{kind.__name__} prefix='shop'{told}>"
 
 
 @pytest.mark.parametrize("kind", [SessionGate, AsyncSessionGate])

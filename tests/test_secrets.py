@@ -12,9 +12,17 @@ from typing import Any, cast
 
 import pytest
 from redis import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
-from sessiongate import JSONCodec, PayloadDecodeError, SessionGate, SessionGateError, UnsealError
+from sessiongate import (
+    AsyncSessionGate,
+    ConfigurationError,
+    JSONCodec,
+    PayloadDecodeError,
+    SessionGate,
+    SessionGateError,
+    UnsealError,
+)
 from sessiongate.tokens import SignKeyRing
 
 from .conftest import CLUSTERED, SIGN_KEY, Backend, Flavour, running
@@ -356,6 +364,7 @@ def test_reprs_of_a_gate_that_seals_hold_no_secret(backend: Backend) -> None:
     assert repr(commands.values) == "<Values BytesCodec sealed>"
     assert repr(commands.values._ring) == "<SealingKeyRing of 2>"
     assert repr(session) == f"<{type(session).__name__} {gate.verify(token)}, read>"
+    session._is_minded = True  # it is not to be stored
 
 
 def loaded(gate: SessionGate, token: str) -> Any:
@@ -413,6 +422,71 @@ def test_locals_of_our_frames_hold_no_payload(backend: Backend, sealed: bool) ->
         with pytest.raises(UnsealError) as refused:
             call()
         check_locals(refused.value, gate, sealed=True)
+
+
+@few_backends
+@both_gates
+@pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "unsealed"])
+def test_locals_of_our_frames_hold_nothing_that_is_stored(backend: Backend, sealed: bool) -> None:
+    """With what is not stored, by whatever fault, no local variable of our frames shows data."""
+    options: dict[str, Any] = {"codec": JSONCodec()}
+    if sealed:
+        options["sealing_key"] = SEALING_KEY
+    gate: Any = backend.gate(KEY, **options)
+    nowhere: Any = backend.flavour.gate(
+        backend.flavour.client(1, retry=backend.flavour.no_retry), KEY, **options
+    )
+    token, ended = gate.start(300, {"user": [DATA], "cart": [DATA]}), gate.start(300)
+    gate.end(ended)
+
+    def changed(by: object) -> None:
+        session = loaded(gate, token)
+        session["user"].append(by)
+        saving = session.save()
+        if inspect.isawaitable(saving):
+            gate._runner.run(saving)
+
+    calls: list[Callable[[], object]] = [
+        lambda: gate.pset(ended, "user", DATA),
+        lambda: gate.pset(token, "user", DATA, if_absent=True),
+        lambda: gate.pset(token, "user", 1, if_match=DATA),
+        lambda: gate.pset_many(ended, {"user": DATA}),
+        lambda: nowhere.pset(token, "user", DATA),
+        lambda: nowhere.pset_many(token, {"user": DATA}),
+        lambda: nowhere.start(300, {"user": DATA}),
+        lambda: changed({1j}),
+        lambda: changed(float("nan")),
+    ]
+    for call in calls:
+        with pytest.raises((SessionGateError, RedisError)) as caught:
+            call()
+        check_locals(caught.value, gate, sealed=sealed)
+
+
+NO_GATES: list[dict[str, Any]] = [
+    {"sealing_key": [SEALING_KEY, "bad"]},
+    {"sealing_key": SEALING_KEY + "0"},
+    {"sealing_key": SEALING_KEY, "sign_key": [KEY, ""]},
+    {"sealing_key": SEALING_KEY, "sign_key": SEALING_KEY},
+    {"sealing_key": SEALING_KEY, "prefix": "{"},
+    {"sealing_key": SEALING_KEY, "codec": JSONCodec},
+    {"sealing_key": SEALING_KEY, "max_sessions": -1},
+    {"sealing_key": SEALING_KEY, "timeout": -1},
+    {"sealing_key": SEALING_KEY, "url": "nonsense://"},
+]
+
+
+@pytest.mark.parametrize("kind", [SessionGate, AsyncSessionGate])
+@pytest.mark.parametrize("options", NO_GATES)
+def test_locals_of_our_frames_hold_no_key(kind: Any, options: dict[str, Any]) -> None:
+    """A gate that cannot be made, for whatever reason, shows no key in a local variable of ours."""
+    with pytest.raises(ConfigurationError) as caught:
+        kind.from_url(**{"url": "memory://", "sign_key": KEY, **options})
+    shown = list(all_locals(caught.value))
+    assert shown
+    for value in shown:
+        assert KEY not in value
+        assert SEALING_KEY not in value
 
 
 def check_locals(error: BaseException, gate: SessionGate, *, sealed: bool) -> None:
