@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -67,32 +68,28 @@ def payloads(answer: bytes) -> Iterator[tuple[bytes, bytes]]:
 def session_info(session_id: str, answer: bytes) -> SessionInfo:
     """What a script tells of one session."""
     listed = items(answer)
-    facts = [next(listed) for _ in range(_FACTS)]
-    payloads = {text(name): int(size) for name, size in zip(listed, listed, strict=True)}
-    return _info(session_id, facts, payloads)
-
-
-def opened(session_id: str, answer: bytes) -> tuple[SessionInfo, dict[bytes, bytes]]:
-    """What a script tells of one session, and what is stored of its payloads, by their names."""
-    listed = items(answer)
-    facts = [next(listed) for _ in range(_FACTS)]
-    stored = dict(zip(listed, listed, strict=True))
-    sizes = {text(name): len(data) for name, data in stored.items()}
-    return _info(session_id, facts, sizes), stored
-
-
-def _info(session_id: str, facts: list[bytes], payloads: dict[str, int]) -> SessionInfo:
-    started, ends, left, idle, generation, subject = facts
+    started, ends, left, idle, generation, subject = islice(listed, _FACTS)
     return SessionInfo(
         id=session_id,
         subject=text(subject) or None,
-        created_at=_EPOCH + timedelta(milliseconds=int(started) // 1000),
-        expires_at=_EPOCH + timedelta(milliseconds=int(ends)),
+        created_at=_moment(int(started) // 1000),
+        expires_at=_moment(int(ends)),
         idle_timeout=int(idle) if idle else None,
         seconds_left=int(left) / 1000,
         generation=int(generation),
-        payloads=payloads,
+        payloads={text(name): int(size) for name, size in zip(listed, listed, strict=True)},
     )
+
+
+def opened(answer: bytes) -> tuple[datetime, str | None, dict[bytes, bytes]]:
+    """When a session ends, whose it is, and what is stored of its payloads, by their names."""
+    listed = items(answer)
+    _, ends, _, _, _, subject = islice(listed, _FACTS)
+    return _moment(int(ends)), text(subject) or None, dict(zip(listed, listed, strict=True))
+
+
+def _moment(milliseconds: int) -> datetime:
+    return _EPOCH + timedelta(milliseconds=milliseconds)
 
 
 def session_infos(answer: bytes) -> tuple[bytes, dict[bytes, SessionInfo]]:

@@ -71,20 +71,13 @@ def grace_arg(grace: int | timedelta | None, subject: str | None) -> bytes:
 
 def subject_arg(subject: str) -> bytes:
     """The bytes of a subject."""
-    if not isinstance(subject, str):
-        raise ArgumentError(f"subject is a str, not {type(subject).__name__}")
-    raw = utf8(subject)
-    if raw is None:
-        raise ArgumentError("subject must be valid text: this one holds a lone surrogate")
-    if not 0 < len(raw) <= MAX_SUBJECT_BYTES:
-        raise ArgumentError(f"subject is 1 to {MAX_SUBJECT_BYTES} bytes of UTF-8, not {len(raw)}")
-    return raw
+    return _text_arg(subject, "subject", MAX_SUBJECT_BYTES)
 
 
-def names_arg(names: Iterable[str]) -> tuple[bytes, ...]:
+def names_arg(names: Iterable[str], what: str = "names") -> tuple[bytes, ...]:
     """The hash fields of payloads, each once."""
     if isinstance(names, str) or not isinstance(names, Iterable):
-        raise ArgumentError(f"names is a list of payload names, not {type(names).__name__}")
+        raise ArgumentError(f"{what} is a list of payload names, not {type(names).__name__}")
     return tuple(dict.fromkeys(map(field_arg, names)))
 
 
@@ -129,24 +122,22 @@ def timeout_setting(timeout: float | None) -> float:
 
 def field_arg(name: str) -> bytes:
     """The hash field of a payload: its name behind a colon."""
-    if not isinstance(name, str):
-        raise ArgumentError(f"a payload's name is a str, not {type(name).__name__}")
-    raw = utf8(name)
+    return b":" + _text_arg(name, "a payload's name", MAX_NAME_BYTES)
+
+
+def _text_arg(text: str, what: str, limit: int) -> bytes:
+    if not isinstance(text, str):
+        raise ArgumentError(f"{what} is a str, not {type(text).__name__}")
+    raw = utf8(text)
     if raw is None:
-        raise ArgumentError("a payload's name must be valid text: this one holds a lone surrogate")
-    if not 0 < len(raw) <= MAX_NAME_BYTES:
-        raise ArgumentError(
-            f"a payload's name is 1 to {MAX_NAME_BYTES} bytes of UTF-8, not {len(raw)}"
-        )
-    return b":" + raw
+        raise ArgumentError(f"{what} must be valid text: this one holds a lone surrogate")
+    if not 0 < len(raw) <= limit:
+        raise ArgumentError(f"{what} is 1 to {limit} bytes of UTF-8, not {len(raw)}")
+    return raw
 
 
-def payloads_arg(
-    payloads: Mapping[str, V] | None, encode: Callable[[V, str], bytes]
-) -> tuple[bytes, ...]:
+def payloads_arg(payloads: Mapping[str, V], encode: Callable[[V, str], bytes]) -> tuple[bytes, ...]:
     """Field and data of each payload, one behind the other."""
-    if payloads is None:
-        return ()
     if not isinstance(payloads, Mapping):
         raise ArgumentError(
             f"payloads is a mapping of names to data, not {type(payloads).__name__}"

@@ -11,6 +11,7 @@ from .arguments import Data
 from .errors import ArgumentError, ConfigurationError
 
 if TYPE_CHECKING:
+    from functools import _lru_cache_wrapper
     from types import ModuleType
 
     # With defaults (PEP 696), so that a gate without a codec is known to be one of bytes.
@@ -154,7 +155,6 @@ class JSONCodec:
             ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_as_builtins
         ).encode
         self._decode = json.JSONDecoder(parse_constant=_no_constant).decode
-        self._decoder = lru_cache(_TYPES)(_json_decoder)
 
     def encode(self, value: Any, /) -> str:
         """The value in JSON.
@@ -197,7 +197,7 @@ class JSONCodec:
             >>> JSONCodec().decoder(set[int])(b"[1, 2, 2]")
             {1, 2}
         """
-        return _cached(self._decoder, _json_decoder, as_)
+        return _cached(_json_decoder, as_)
 
     def __repr__(self) -> str:
         return "JSONCodec()"
@@ -227,7 +227,6 @@ class MsgpackCodec:
             raise ConfigurationError(f"MsgpackCodec {_NEEDS_MSGSPEC}")
         self._encode: Callable[[Any], bytes] = msgspec.msgpack.Encoder().encode
         self._decode: Callable[[bytes], Any] = msgspec.msgpack.Decoder().decode
-        self._decoder = lru_cache(_TYPES)(_msgpack_decoder)
 
     def encode(self, value: Any, /) -> bytes:
         r"""The value in MessagePack.
@@ -273,7 +272,7 @@ class MsgpackCodec:
             >>> MsgpackCodec().decoder(float)(b"300")
             300.0
         """
-        return _cached(self._decoder, _msgpack_decoder, as_)
+        return _cached(_msgpack_decoder, as_)
 
     def __repr__(self) -> str:
         return "MsgpackCodec()"
@@ -282,7 +281,7 @@ class MsgpackCodec:
 # What MessagePack never begins with, but for the whole numbers 45 and 48 to 57 in one byte, which
 # are written in decimal here.
 _NUMBER_STARTS = b"-0123456789"
-_match_number = re.compile(rb"-?(?:0|[1-9][0-9]{0,18})").fullmatch
+_match_number = re.compile(rb"0|-?[1-9][0-9]{0,18}").fullmatch
 
 
 def _number(data: bytes) -> int:
@@ -312,18 +311,15 @@ def _no_constant(_: str) -> float:
     raise ValueError  # NaN and the like: `json` would read what JSON does not have
 
 
-def _cached(
-    cached: Callable[[Any], Callable[[bytes], T]],
-    make: Callable[[Any], Callable[[bytes], T]],
-    as_: Any,
-) -> Callable[[bytes], T]:
+def _cached(make: "_lru_cache_wrapper[Callable[[bytes], Any]]", as_: Any) -> Callable[[bytes], Any]:
     try:
         hash(as_)
     except TypeError:
-        cached = make
-    return cached(as_)
+        return make.__wrapped__(as_)
+    return make(as_)
 
 
+@lru_cache(_TYPES)
 def _json_decoder(as_: Any) -> Callable[[bytes], Any]:
     msgspec = _msgspec()
     if msgspec is None:
@@ -331,6 +327,7 @@ def _json_decoder(as_: Any) -> Callable[[bytes], Any]:
     return _decoder_of(msgspec.json.Decoder, as_)
 
 
+@lru_cache(_TYPES)
 def _msgpack_decoder(as_: Any) -> Callable[[bytes], Any]:
     import msgspec  # noqa: PLC0415  # there is one, or there were no codec
 

@@ -6,7 +6,7 @@ sent again after one and what is sent next is all told here.
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Generic, NamedTuple
 
@@ -39,15 +39,20 @@ NONCE_BYTES = 8
 # How often `if_match` looks again at a payload that others store anew at the same time.
 _MAX_LOOKS = 1000
 
-# What is of another type was read as that.
+# What codecs return without `as_`: a value of another type was read as that.
 _PLAIN = frozenset({bool, bytes, dict, float, int, list, str, type(None)})
+
+
+# Of a genuine token: its session's id, its fingerprint and the Redis key of the session's hash.
+Verified = tuple[str, bytes, tuple[bytes]]
 
 
 class Opened(NamedTuple):
     """A session that was read: the Redis key of its hash, and what is stored, by payload names."""
 
     key: bytes
-    info: SessionInfo
+    expires_at: datetime
+    subject: str | None
     stored: dict[bytes, bytes]
 
     def __repr__(self) -> str:
@@ -99,7 +104,7 @@ class Commands(Generic[In, Out]):
         idle_timeout: int | timedelta | None,
         payloads: Mapping[str, In] | None = None,
     ) -> Opening:
-        fields = self.values.fields(payloads)
+        fields = self.values.fields({} if payloads is None else payloads)
         return Opening(ttl_arg(ttl), idle_timeout_arg(idle_timeout), fields)
 
     def begin(
@@ -137,11 +142,11 @@ class Commands(Generic[In, Out]):
         )
 
     def touch(self, token: str | bytes) -> Command[None]:
-        session_id, fingerprint, keys = self._session(token)
+        session_id, fingerprint, keys = self.session(token)
         return Command(scripts.TOUCH, keys, (fingerprint,), nothing, session_id, "", again)
 
     def info(self, token: str | bytes) -> Command[SessionInfo]:
-        session_id, fingerprint, keys = self._session(token)
+        session_id, fingerprint, keys = self.session(token)
 
         def told(answer: bytes) -> SessionInfo:
             return answers.session_info(session_id, answer)
@@ -151,7 +156,7 @@ class Commands(Generic[In, Out]):
     def expire(
         self, token: str | bytes, ttl: int | timedelta, min_replicas: int | None = None
     ) -> Command[None]:
-        session_id, fingerprint, keys = self._session(token)
+        session_id, fingerprint, keys = self.session(token)
         args = (fingerprint, ttl_arg(ttl))
         replicas = min_replicas_arg(min_replicas, self._replicas)
 
@@ -209,7 +214,7 @@ class Commands(Generic[In, Out]):
         )
 
     def end(self, token: str | bytes, min_replicas: int | None = None) -> Command[None]:
-        session_id, fingerprint, keys = self._session(token)
+        session_id, fingerprint, keys = self.session(token)
         replicas = min_replicas_arg(min_replicas, self._replicas)
         args = (fingerprint, b"0")
         return Command(
@@ -243,7 +248,7 @@ class Commands(Generic[In, Out]):
         as_: object = None,
         ttl: int | timedelta | None = None,
     ) -> Command[None]:
-        session = session_id, fingerprint, keys = self._session(token)
+        session = session_id, fingerprint, keys = self.session(token)
         values, field = self.values, field_arg(name)
         stored = values.stored(keys[0], field, values.encoded(value, name))
         args = (fingerprint, field, stored)
@@ -270,7 +275,7 @@ class Commands(Generic[In, Out]):
         if isinstance(if_match, NoCondition):
             return store(b"absent" if if_absent else b"")
         data = values.encoded(if_match, name)
-        read_as = None if as_ is None and type(if_match) in _PLAIN else as_ or type(if_match)
+        read_as = type(if_match) if as_ is None and type(if_match) not in _PLAIN else as_
 
         def is_same(held: bytes) -> bool:
             return values.are_same(values.opened(keys[0], field, held), data, name, read_as)
@@ -279,7 +284,7 @@ class Commands(Generic[In, Out]):
 
     def _if_match(
         self,
-        session: tuple[str, bytes, tuple[bytes]],
+        session: Verified,
         name: str,
         data: bytes,
         is_same: Callable[[bytes], bool],
@@ -316,14 +321,14 @@ class Commands(Generic[In, Out]):
     def pset_many(
         self, token: str | bytes, payloads: Mapping[str, In], delete: Iterable[str] = ()
     ) -> Command[None]:
-        if payloads is None:
-            raise ArgumentError("payloads is a mapping of names to data, not NoneType")
-        return self.change(token, self.values.fields(payloads), names_arg(delete))
+        return self.change(
+            self.session(token), self.values.fields(payloads), names_arg(delete, "delete")
+        )
 
     def change(
-        self, token: str | bytes, fields: tuple[bytes, ...], deleted: tuple[bytes, ...]
+        self, session: Verified, fields: tuple[bytes, ...], deleted: tuple[bytes, ...]
     ) -> Command[None]:
-        session_id, fingerprint, keys = self._session(token)
+        session_id, fingerprint, keys = session
         if not set(deleted).isdisjoint(fields[::2]):
             raise ArgumentError("a payload is stored or deleted, not both")
         stored = self.values.sealed(keys[0], fields)
@@ -331,24 +336,24 @@ class Commands(Generic[In, Out]):
         return Command(scripts.PSET_MANY, keys, args, nothing, session_id, replicas=self._replicas)
 
     def pget(self, token: str | bytes, name: str, as_: Any = None) -> Command[Any]:
-        session_id, fingerprint, keys = self._session(token)
+        session_id, fingerprint, keys = self.session(token)
         field = field_arg(name)
         read = self.values.reader(keys[0], field, name, as_)
         return Command(scripts.PGET, keys, (fingerprint, field), read, session_id, name, again)
 
     def pget_many(self, token: str | bytes, names: Iterable[str]) -> Command[dict[str, Out]]:
-        session_id, fingerprint, keys = self._session(token)
+        session_id, fingerprint, keys = self.session(token)
         args = (fingerprint, *names_arg(names))
         read = self.values.mapping(keys[0])
         return Command(scripts.PGET_MANY, keys, args, read, session_id, "", again)
 
     def pall(self, token: str | bytes) -> Command[dict[str, Out]]:
-        session_id, fingerprint, keys = self._session(token)
+        session_id, fingerprint, keys = self.session(token)
         read = self.values.mapping(keys[0])
         return Command(scripts.PALL, keys, (fingerprint,), read, session_id, "", again)
 
     def pdel(self, token: str | bytes, name: str) -> Command[None]:
-        session_id, fingerprint, keys = self._session(token)
+        session_id, fingerprint, keys = self.session(token)
         # A later payload of that name is not this call's to delete: the nonce tells a repetition.
         args = (fingerprint, field_arg(name), os.urandom(NONCE_BYTES - 1))
         return Command(
@@ -363,7 +368,7 @@ class Commands(Generic[In, Out]):
         )
 
     def ppop(self, token: str | bytes, name: str, as_: Any = None) -> Command[Any]:
-        session_id, fingerprint, keys = self._session(token)
+        session_id, fingerprint, keys = self.session(token)
         field = field_arg(name)
         read = self.values.reader(keys[0], field, name, as_)
         args = (fingerprint, field)
@@ -375,20 +380,20 @@ class Commands(Generic[In, Out]):
                 "a gate that seals has no pincr, since Redis cannot count what it cannot read: "
                 "use pget and pset(..., if_match=...), or a gate without sealing_key for counters"
             )
-        session_id, fingerprint, keys = self._session(token)
+        session_id, fingerprint, keys = self.session(token)
         args = (fingerprint, field_arg(name), by_arg(by))
         return Command(scripts.PINCR, keys, args, int, session_id, name, replicas=self._replicas)
 
-    def open(self, token: str | bytes, fields: tuple[bytes, ...] | None) -> Command[Opened]:
+    def open(self, session: Verified, fields: tuple[bytes, ...] | None) -> Command[Opened]:
         """Tell of the session and read what is stored in these fields, or in all."""
-        session_id, fingerprint, keys = self._session(token)
+        session_id, fingerprint, keys = session
         asked = (b"",) if fields is None else (b"%d" % len(fields), *fields)
 
         def told(answer: bytes) -> Opened:
-            return Opened(keys[0], *answers.opened(session_id, answer))
+            return Opened(keys[0], *answers.opened(answer))
 
         return Command(scripts.OPEN, keys, (fingerprint, *asked), told, session_id, "", again)
 
-    def _session(self, token: str | bytes) -> tuple[str, bytes, tuple[bytes]]:
+    def session(self, token: str | bytes) -> Verified:
         session_id, fingerprint, _ = self._ring.verify(token)
         return session_id, fingerprint, (self._keyspace.session_key(session_id),)

@@ -572,6 +572,10 @@ class SessionGate(Generic[In, Out]):
             subject: likewise.
             idle_timeout: likewise.
 
+        Returns:
+            A mapping of names to values. Using it may raise SessionNotFoundError, at the first read
+            and when the block is left, and of a payload UnsealError and PayloadDecodeError.
+
         Raises:
             InvalidTokenError: the token is malformed or forged.
             ArgumentError: an argument is out of its limits.

@@ -6,7 +6,6 @@ What was read, what is to be written, and the command for each; the gate runs it
 import asyncio
 import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from types import TracebackType
@@ -16,7 +15,7 @@ from . import answers
 from .arguments import field_arg, grace_arg, names_arg
 from .codecs import In, Out, T
 from .command import Command
-from .commands import Commands, Opened
+from .commands import Commands, Opened, Verified
 from .errors import (
     HandleError,
     PayloadDecodeError,
@@ -62,7 +61,6 @@ class _Payload:
 
     Attributes:
         field: its field in the session's hash.
-        owner: the Redis key of the hash that it was read from.
         stored: what Redis has of it, until it was opened; None if it was assigned.
         data: what the value was decoded from; None if the value was assigned.
         is_pending: whether data is still to be stored: a value that was assigned or changed was
@@ -72,13 +70,10 @@ class _Payload:
         as_: the type that it was asked for.
     """
 
-    __slots__ = ("as_", "before", "data", "field", "is_pending", "owner", "stored", "value")
+    __slots__ = ("as_", "before", "data", "field", "is_pending", "stored", "value")
 
-    def __init__(
-        self, field: bytes, owner: bytes = b"", stored: bytes | None = None, value: Any = _UNKNOWN
-    ) -> None:
+    def __init__(self, field: bytes, stored: bytes | None = None, value: Any = _UNKNOWN) -> None:
         self.field = field
-        self.owner = owner
         self.stored = stored
         self.data: bytes | None = None
         self.is_pending = False
@@ -128,36 +123,42 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
     __slots__ = (
         "_commands",
         "_deleted",
+        "_expires_at",
         "_fields",
-        "_id",
-        "_info",
         "_is_entered",
         "_is_minded",
         "_is_over",
         "_opening",
         "_payloads",
+        "_run",
+        "_session",
+        "_session_key",
         "_subject",
         "_there",
         "_token",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # a gate alone makes it
         self,
         commands: Commands[In, Out],
+        run: Any,
         token: str | bytes | None,
+        *,
         names: Iterable[str] | None,
         opening: Opening,
         subject: str | None,
     ) -> None:
         # First what a repr and `__del__` need, whatever happens.
-        self._id: str | None = None
+        self._session: Verified | None = None
         self._payloads: dict[str, _Payload] = {}
         self._deleted: dict[str, bytes] = {}
         # The names of what Redis has; None if that was not read yet.
         self._there: set[str] | None = None
         self._is_entered = self._is_over = self._is_minded = False
         self._commands = commands
-        self._id = None if token is None else commands.verify(token)
+        self._run = run
+        if token is not None:
+            self._session = commands.session(token)  # verified once
         # Behind a call: a traceback that shows local variables shows attributes of none.
         self._token = token.decode() if isinstance(token, bytes) else token
         self._fields = None if names is None else names_arg(names)
@@ -166,11 +167,12 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
             subject_bytes(subject)
         # That of a session that is there already is its own.
         self._subject = subject if token is None else None
-        self._info: answers.SessionInfo | None = None
+        self._expires_at: datetime | None = None
+        self._session_key = b""  # the Redis key of the hash that was read
 
     def __repr__(self) -> str:
         read = "" if self._there is None else ", read"
-        return f"<{type(self).__name__} {self._id or 'not started'}{read}>"
+        return f"<{type(self).__name__} {self.id or 'not started'}{read}>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"{type(self).__name__} is one request's: it is neither copied nor pickled")
@@ -194,7 +196,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
     def token(self) -> str | None:
         """What to send to the client; None if there is no session (any more).
 
-        That of a session that this starts is there when it was stored: behind the block, or after
+        That of a session that this starts is there when it was stored: after the block, or after
         `save`.
         """
         return self._token
@@ -202,21 +204,31 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
     @property
     def id(self) -> str | None:
         """The session id; None if it is not started. Redis is not asked."""
-        return self._id
+        return self._session[0] if self._session else None
 
     @property
     def subject(self) -> str | None:
-        """Who the session belongs to, as it was read; None if it has no subject."""
+        """Who the session belongs to, as it was read; None if it has no subject.
+
+        Raises:
+            SessionNotFoundError: the session ended or expired; told by the first read.
+            HandleError: under asyncio, it was not loaded.
+        """
         if self._there is None and self._subject is None:
             self._fetch()
         return self._subject
 
     @property
     def expires_at(self) -> datetime | None:
-        """When the session ends at the latest, as it was read; None if it is not started."""
+        """When the session ends at the latest, as it was read; None if it is not started.
+
+        Raises:
+            SessionNotFoundError: the session ended or expired; told by the first read.
+            HandleError: under asyncio, it was not loaded.
+        """
         if self._is_unread():
             self._fetch()
-        return self._info.expires_at if self._info else None
+        return self._expires_at
 
     def __getitem__(self, name: str) -> Out:
         return cast("Out", self._value(name, None))
@@ -244,6 +256,20 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
             default: what to return if there is none.
             as_: the type that it is to be of, as for `pget`. If it was read as another one before,
                 the object that is returned now is the one of which changes are stored.
+
+        Raises:
+            SessionNotFoundError: the session ended or expired; told by the first read.
+            PayloadDecodeError: the codec cannot decode it, or it is of another type.
+            UnsealError: the gate seals, and what is there was not sealed there.
+            HandleError: it was not named in `open`, or under asyncio not loaded.
+            ArgumentError: the codec knows no such type.
+
+        Example:
+            >>> from sessiongate import SessionGate
+            >>> gate = SessionGate.from_url("memory://", sign_key="k" * 32)
+            >>> session = gate.open(gate.start(300, {"lang": "en"}))
+            >>> session.get("lang", as_=str), session.get("flash", "none")
+            ('en', 'none')
         """
         try:
             self._find(name)
@@ -298,11 +324,8 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         """The payload of that name; if there is none, the default, which is then assigned.
 
         Example:
-            >>> from sessiongate import SessionGate
-            >>> gate = SessionGate.from_url("memory://", sign_key="k" * 32)
-            >>> with gate.open(None) as session:
-            ...     session.setdefault("lang", "en")
-            b'en'
+            >>> session.setdefault("lang", "de"), session.setdefault("cart", "3 books")
+            (b'en', b'3 books')
         """
         if name not in self:
             self[name] = cast("In", default)
@@ -318,10 +341,9 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         """Assign several payloads, as `dict.update`.
 
         Example:
-            >>> with gate.open(session.token) as session:
-            ...     session.update({"lang": "de"}, cart="3 books")
-            >>> gate.pall(session.token)
-            {'lang': b'de', 'cart': b'3 books'}
+            >>> session.update({"lang": "de"}, seen="yes")
+            >>> sorted(session)
+            ['cart', 'lang', 'seen']
         """
         for name, value in dict(payloads, **more).items():
             self[name] = value
@@ -331,7 +353,14 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         return self
 
     def clear(self) -> None:
-        """Delete all payloads: of those that were to be read, if they were named."""
+        """Delete all payloads: of those that were to be read, if they were named.
+
+        Example:
+            >>> session.clear()
+            >>> session.save()
+            >>> gate.pall(session.token)
+            {}
+        """
         for name in self:
             del self[name]
 
@@ -343,7 +372,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
 
     def _is_unread(self) -> bool:
         """Whether there is something of the session to read."""
-        return self._there is None or (self._info is None and self._token is not None)
+        return self._there is None or (self._expires_at is None and self._token is not None)
 
     def _fetch(self) -> None:
         """Read the session now, or say that it has to be read first."""
@@ -392,7 +421,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         """The data of a payload, as it is to be stored."""
         if payload.stored is not None:
             opened = self._commands.values.opened
-            payload.data = opened(payload.owner, payload.field, payload.stored)
+            payload.data = opened(self._session_key, payload.field, payload.stored)
             payload.stored = None
         changed = self._change(name, payload)
         if changed is not None:
@@ -403,20 +432,19 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
 
     def _reading(self) -> Command[Opened] | None:
         """What reads the session; None if there is none to read."""
-        if self._token is None:
+        if self._session is None:
             self._there = set()
             return None
-        return self._commands.open(self._token, self._fields)
+        return self._commands.open(self._session, self._fields)
 
     def _was_read(self, answer: Opened) -> None:
-        self._info = answer.info
-        self._subject = answer.info.subject
+        self._session_key, self._expires_at, self._subject, stored = answer
         self._there = set()
-        for raw, data in answer.stored.items():
+        for raw, data in stored.items():
             name = answers.text(raw)
             self._there.add(name)
             if name not in self._payloads and name not in self._deleted:
-                self._payloads[name] = _Payload(b":" + raw, answer.key, data)
+                self._payloads[name] = _Payload(b":" + raw, data)
 
     def _writing(self, subject: str | None = None) -> tuple[Command[Any], _Changes] | None:
         """What stores all changes, and these; None if there is nothing to store."""
@@ -430,12 +458,12 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
         fields = tuple(
             [word for change in stored.values() for word in (change.payload.field, change.data)]
         )
-        if self._token is None:
+        if self._session is None:
             return (self._starting(fields, subject), changes) if stored else None
         if not stored and not changes.deleted:
             return None
         deleted = tuple(changes.deleted.values())
-        return self._commands.change(self._token, fields, deleted), changes
+        return self._commands.change(self._session, fields, deleted), changes
 
     def _starting(self, fields: tuple[bytes, ...], subject: str | None) -> Command[str]:
         opening = self._opening._replace(fields=fields)
@@ -511,17 +539,15 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
             self._was_written(changes, token)
             return
         self._has_token(token)
-        if self._info is not None:
-            self._info = replace(self._info, id=self._id or "", subject=self._subject)
 
     def _has_token(self, token: str) -> None:
-        self._token, self._id = token, self._commands.verify(token)
+        self._token, self._session = token, self._commands.session(token)
 
     def _ending(self) -> Command[None] | None:
         return None if self._token is None else self._commands.end(self._token)
 
     def _was_ended(self) -> None:
-        self._token = self._id = self._info = self._subject = None
+        self._token = self._session = self._expires_at = self._subject = None
         self._payloads, self._deleted, self._there = {}, {}, set()
 
 
@@ -530,7 +556,8 @@ class Session(_Handle[In, Out]):
 
     It is one request's: not for several threads. Nothing is read before something is asked, and
     then everything at once. What was assigned, deleted or changed in place is stored when the
-    `with` block is left, all or nothing; a block that changes nothing stores nothing.
+    `with` block is left, all or nothing; a block that changes nothing stores nothing. Besides the
+    payloads it tells `id`, `token`, `subject` and `expires_at`.
 
     Example:
         >>> from sessiongate import JSONCodec, SessionGate
@@ -543,20 +570,8 @@ class Session(_Handle[In, Out]):
         ['book', 'pen']
     """
 
-    __slots__ = ("_run",)
-
-    def __init__(  # noqa: PLR0913  # a gate alone makes it
-        self,
-        commands: Commands[In, Out],
-        run: Run,
-        token: str | bytes | None,
-        *,
-        names: Iterable[str] | None,
-        opening: Opening,
-        subject: str | None,
-    ) -> None:
-        super().__init__(commands, token, names, opening, subject)
-        self._run = run
+    __slots__ = ()
+    _run: Run
 
     def load(self) -> Self:
         """Read the session now, unless it was read before: one round trip.
@@ -602,6 +617,8 @@ class Session(_Handle[In, Out]):
 
         Raises:
             SessionNotFoundError: the session ended or expired.
+            TooManySessionsError: the subject has `max_sessions`, and the gate rejects more.
+            UnsealError: with a subject, a payload was not sealed there; all is as it was.
 
         Example:
             >>> session = gate.open(session.token)
@@ -676,20 +693,11 @@ class AsyncSession(_Handle[In, Out]):
         ['book']
     """
 
-    __slots__ = ("_lock", "_run")
+    __slots__ = ("_lock",)
+    _run: AsyncRun
 
-    def __init__(  # noqa: PLR0913  # a gate alone makes it
-        self,
-        commands: Commands[In, Out],
-        run: AsyncRun,
-        token: str | bytes | None,
-        *,
-        names: Iterable[str] | None,
-        opening: Opening,
-        subject: str | None,
-    ) -> None:
-        super().__init__(commands, token, names, opening, subject)
-        self._run = run
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._lock = asyncio.Lock()  # of several tasks, one after the other reads and stores
 
     async def load(self) -> Self:
@@ -743,9 +751,7 @@ class AsyncSession(_Handle[In, Out]):
         async with self._lock:
             if renewing := self._renewing(grace, subject):
                 command, changes = renewing
-                await self._finish(
-                    command, lambda token: self._was_renewed(subject, changes, token)
-                )
+                await self._finish(command, partial(self._was_renewed, subject, changes))
 
     async def end(self) -> None:
         """End the session, at once, as `Session.end`.

@@ -31,8 +31,8 @@ _NONCE_END = _HEADER_BYTES + NONCE_BYTES
 
 _match_text = re.compile(r"[0-9A-Fa-f]{64}").fullmatch
 
-# One secret is never used for two things: what encrypts is made from the sealing key, and so is its
-# id, each under a name of its own.
+# One secret, one use: what encrypts and the key id are derived from the sealing key under names of
+# their own.
 _FOR_SEALING = b"sg payload seal"
 _FOR_ID = b"sg seal key id"
 
@@ -60,7 +60,7 @@ def sealing_key_id(sealing_key: SealingKey) -> str:
     Example:
         >>> from sessiongate.sealing import sealing_key_id
         >>> sealing_key_id("00112233445566778899aabbccddeeff" * 2)
-        '...'
+        '0c0430ad'
     """
     return _id_of(_key_bytes(sealing_key)).hex()
 
@@ -76,7 +76,8 @@ def sealed_by(data: bytes) -> str | None:
         >>> print(sealed_by(b"plain text"))
         None
     """
-    return data[len(_START) : _HEADER_BYTES].hex() if data.startswith(_MARK) else None
+    is_sealed = data.startswith(_MARK) and len(data) >= _HEADER_BYTES
+    return data[len(_START) : _HEADER_BYTES].hex() if is_sealed else None
 
 
 class SealingKeyRing:
@@ -141,34 +142,34 @@ class SealingKeyRing:
         seals = "sealed" if self._seals else "opens sealed"
         return f"{seals}, accepts unsealed" if self._accepts_unsealed else seals
 
-    def seal(self, data: bytes, owner: bytes, field: bytes) -> bytes:
+    def seal(self, data: bytes, session_key: bytes, field: bytes) -> bytes:
         """What to store of data in that field of the hash at that Redis key: 48 bytes more."""
         if not self._seals and not _looks_sealed(data):
             return data
-        return self._sealed(data, owner, field)
+        return self._sealed(data, session_key, field)
 
-    def open(self, sealed: bytes, owner: bytes, field: bytes) -> bytes | None:
+    def open(self, sealed: bytes, session_key: bytes, field: bytes) -> bytes | None:
         """The data that was sealed for that field of that hash; None if it was not."""
         header = sealed[:_HEADER_BYTES]
         key = self._keys.get(header)
         if key is None:
             return sealed if self._accepts_unsealed and not _looks_sealed(sealed) else None
         nonce = sealed[_HEADER_BYTES:_NONCE_END]
-        return self._decrypt(sealed[_NONCE_END:], header + owner + field, nonce, key)
+        return self._decrypt(sealed[_NONCE_END:], header + session_key + field, nonce, key)
 
-    def reseal(self, sealed: bytes, owner: bytes, to: bytes, field: bytes) -> bytes | None:
+    def reseal(self, sealed: bytes, session_key: bytes, to: bytes, field: bytes) -> bytes | None:
         """What to store of it in another hash; None if it was not sealed for this one.
 
         What is sealed stays so, whether the ring seals new data or not.
         """
-        data = self.open(sealed, owner, field)
+        data = self.open(sealed, session_key, field)
         if data is None or (data is sealed and not self._seals):
             return data
         return self._sealed(data, to, field)
 
-    def _sealed(self, data: bytes, owner: bytes, field: bytes) -> bytes:
+    def _sealed(self, data: bytes, session_key: bytes, field: bytes) -> bytes:
         header, nonce = self._header, self._random(NONCE_BYTES)
-        return header + nonce + self._encrypt(data, header + owner + field, nonce, self._key)
+        return header + nonce + self._encrypt(data, header + session_key + field, nonce, self._key)
 
 
 def _looks_sealed(data: bytes) -> bool:

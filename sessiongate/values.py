@@ -19,8 +19,6 @@ _END_DIGITS = 13
 _TIMED = b";"
 _PAYLOAD_KINDS = (b":", _TIMED)
 
-_FAILED = object()
-
 
 def _as_it_is(data: bytes) -> bytes:
     return data
@@ -38,7 +36,7 @@ class Values(Generic[In, Out]):
         ring: what seals data; None leaves it as it is.
     """
 
-    __slots__ = ("_codec", "_decode", "_ring", "is_bytes", "seals")
+    __slots__ = ("_codec", "_decode", "_decoder", "_ring", "is_bytes", "seals")
 
     def __init__(
         self, codec: Codec[In, Out] | None = None, ring: SealingKeyRing | None = None
@@ -57,6 +55,8 @@ class Values(Generic[In, Out]):
             )
         self.is_bytes = self.codec_type is BytesCodec
         self._decode: Callable[[bytes], Any] = _as_it_is if self.is_bytes else codec.decode
+        # Asked once: to look for the method of a protocol takes 5 µs.
+        self._decoder = codec.decoder if isinstance(codec, TypedCodec) else None
 
     def __repr__(self) -> str:
         return f"<Values {self.codec_type.__name__}{f' {self._ring.kind}' if self._ring else ''}>"
@@ -80,7 +80,7 @@ class Values(Generic[In, Out]):
         """
         if self.is_bytes:
             return data_arg(cast("Data", value), name)
-        # Outside of what is handled: an error of a codec may hold the value.
+        # Raised outside the `except`: the codec's error may hold the value, and would be chained.
         try:
             data = self._codec.encode(value)
         except ArgumentError as error:
@@ -100,35 +100,35 @@ class Values(Generic[In, Out]):
         """
         if as_ is None:
             return self._decode
-        if isinstance(self._codec, TypedCodec):
-            return self._codec.decoder(as_)
+        if self._decoder:
+            return self._decoder(as_)
         raise ArgumentError(
             f"as_ needs a codec with a method `decoder`: {self.codec_type.__name__} has none"
         )
 
-    def fields(self, payloads: Mapping[str, In] | None) -> tuple[bytes, ...]:
+    def fields(self, payloads: Mapping[str, In]) -> tuple[bytes, ...]:
         """Field and data of each payload, one behind the other."""
         return payloads_arg(payloads, self.encoded)
 
-    def sealed(self, owner: bytes, fields: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    def sealed(self, session_key: bytes, fields: tuple[bytes, ...]) -> tuple[bytes, ...]:
         """What to store in a session's fields of payloads; its other fields stay as they are.
 
         Args:
-            owner: the Redis key of the session's hash.
+            session_key: the Redis key of the session's hash.
             fields: field and data, one behind the other.
         """
         ring = self._ring
         if ring is None:
             return fields
-        return _changed(fields, lambda data, field: ring.seal(data, owner, field))
+        return _changed(fields, lambda data, field: ring.seal(data, session_key, field))
 
     def moved(
-        self, owner: bytes, to: bytes, fields: tuple[bytes, ...], *, strict: bool
+        self, session_key: bytes, to: bytes, fields: tuple[bytes, ...], *, strict: bool
     ) -> tuple[bytes, ...]:
         """What to store in another session of what one has stored.
 
         Args:
-            owner: the Redis key of the hash that it comes from.
+            session_key: the Redis key of the hash that it comes from.
             to: of the one that it goes to.
             fields: field and what is stored there, one behind the other.
             strict: whether all has to open; else what does not goes along, and opens nowhere.
@@ -141,18 +141,18 @@ class Values(Generic[In, Out]):
             return fields
 
         def resealed(stored: bytes, field: bytes) -> bytes:
-            anew = ring.reseal(stored, owner, to, field)
+            anew = ring.reseal(stored, session_key, to, field)
             if anew is None and strict:
                 raise UnsealError(answers.text(field[1:]))
             return stored if anew is None else anew
 
         return _changed(fields, resealed)
 
-    def stored(self, owner: bytes, field: bytes, data: bytes) -> bytes:
+    def stored(self, session_key: bytes, field: bytes, data: bytes) -> bytes:
         """What Redis gets of data, in that field of the hash at that Redis key."""
-        return self._ring.seal(data, owner, field) if self._ring else data
+        return self._ring.seal(data, session_key, field) if self._ring else data
 
-    def opened(self, owner: bytes, field: bytes, stored: bytes) -> bytes:
+    def opened(self, session_key: bytes, field: bytes, stored: bytes) -> bytes:
         """The data of what Redis has there.
 
         Raises:
@@ -160,37 +160,25 @@ class Values(Generic[In, Out]):
         """
         if self._ring is None:
             return stored
-        data = self._ring.open(stored, owner, field)
+        data = self._ring.open(stored, session_key, field)
         if data is None:
             raise UnsealError(answers.text(field[1:]))
         return data
 
     def reader(
-        self, owner: bytes, field: bytes, name: str, as_: Any = None
+        self, session_key: bytes, field: bytes, name: str, as_: Any = None
     ) -> Callable[[bytes], Any]:
         """What makes a value of what is stored in that field of the hash at that Redis key.
 
         Raises:
             ArgumentError: the codec knows no such type.
         """
-        decode = self._decode if as_ is None else self.decoder(as_)
+        decode = self.decoder(as_)
         if self._ring is None:
-            if decode is _as_it_is:
-                return decode
-            return lambda stored: decoded(decode, stored, name)
-        open_ = self._ring.open
+            return decode if decode is _as_it_is else lambda data: decoded(decode, data, name)
+        return lambda stored: decoded(decode, self.opened(session_key, field, stored), name)
 
-        def read(stored: bytes) -> Any:
-            data = open_(stored, owner, field)
-            if data is None:
-                raise UnsealError(name)
-            if decode is _as_it_is:
-                return data
-            return decoded(decode, data, name)
-
-        return read
-
-    def mapping(self, owner: bytes) -> Callable[[bytes], dict[str, Out]]:
+    def mapping(self, session_key: bytes) -> Callable[[bytes], dict[str, Out]]:
         """What makes values, by name, of what a script returned of several payloads."""
         if self.is_bytes and self._ring is None:
             return _payloads_as_they_are
@@ -199,7 +187,7 @@ class Values(Generic[In, Out]):
             values: dict[str, Out] = {}
             for raw, stored in answers.payloads(answer):
                 name = answers.text(raw)
-                data = self.opened(owner, b":" + raw, stored)
+                data = self.opened(session_key, b":" + raw, stored)
                 values[name] = decoded(self._decode, data, name)
             return values
 
@@ -245,7 +233,7 @@ def decoded(decode: Callable[[bytes], T], data: bytes, name: str) -> T:
         return decode(data)
     except Exception:  # noqa: BLE001, S110  # whatever a codec of the application's raises
         pass
-    # Outside of what is handled, and in a frame without the data: errors of codecs show it.
+    # Likewise; and in a frame without the data, since a traceback may show local variables.
     del data
     raise PayloadDecodeError(name)
 

@@ -196,11 +196,11 @@ def test_what_is_no_mapping_of_payloads(gate: SessionGate, payloads: object) -> 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=50), st.binary(min_size=1)))
 def test_what_counts_as_payloads(payloads: dict[str, bytes]) -> None:
-    """Any mapping is payloads, in its order; None and an empty one are no payloads."""
+    """Any mapping is payloads, in its order; an empty one is none."""
     fields = [part for name, data in payloads.items() for part in (field_arg(name), data)]
     asked = [payloads_arg(each, data_arg) for each in (payloads, MappingProxyType(payloads))]
     assert asked == [tuple(fields)] * 2
-    assert payloads_arg(None, data_arg) == payloads_arg({}, data_arg) == ()
+    assert payloads_arg({}, data_arg) == ()
 
 
 def test_refused_text_is_in_no_error() -> None:
@@ -658,6 +658,34 @@ def test_the_tree_of_errors() -> None:
     assert issubclass(PayloadNotFoundError, LookupError)
     assert issubclass(PayloadOverflowError, PayloadTypeError)
     assert issubclass(PayloadOverflowError, OverflowError)
+
+
+def test_the_token_is_looked_at_first(flavour: Flavour) -> None:
+    """With a token that is none, whatever else is wrong: the client has to sign in again."""
+    gate = flavour.gate(flavour.client(1))
+    for call in (gate.pget, gate.ppop, gate.pdel, gate.pincr):
+        with pytest.raises(MalformedTokenError):
+            call("no token", "")
+    with pytest.raises(MalformedTokenError):
+        gate.pset("no token", "", b"")
+    with pytest.raises(MalformedTokenError):
+        gate.pset_many("no token", {"": b""})
+    with pytest.raises(MalformedTokenError):
+        gate.pget_many("no token", [""])
+
+
+def test_what_is_no_list_of_names(flavour: Flavour) -> None:
+    """The message tells the argument by its name."""
+    gate = flavour.gate(flavour.client(1))
+    token = SignKeyRing(SIGN_KEY).sign("A" * 16)[0]
+    with pytest.raises(ArgumentError, match=r"^delete is a list of payload names, not str"):
+        gate.pset_many(token, {}, delete="cart")
+    with pytest.raises(ArgumentError, match=r"^names is a list of payload names, not str"):
+        gate.pget_many(token, "cart")
+    with pytest.raises(
+        ArgumentError, match=r"^payloads is a mapping of names to data, not NoneType"
+    ):
+        gate.pset_many(token, None)  # type: ignore[arg-type]  # what a type checker would refuse
 
 
 def test_a_token_is_no_subject(flavour: Flavour) -> None:

@@ -800,6 +800,7 @@ def test_what_a_type_leaves_out_is_no_match(
         ({"name": "Ann", "points": 1}, User),
         ({"name": "Ann", "gone": [1]}, Grown),
         ([1, 1, 2], set[int]),
+        ([1, 2, 2], set[int]),
         ([{"name": "Ann", "points": 1}], list[User]),
     ]
     for held, as_ in left_out:
@@ -1235,3 +1236,44 @@ def test_no_codec_is_a_pickle() -> None:
                 imported.add((node.module or "").partition(".")[0])
     assert "json" in imported
     assert imported.isdisjoint({"pickle", "marshal", "shelve", "dill", "yaml", "jsonpickle"})
+
+
+class Upper(BytesCodec):
+    """A codec that is a BytesCodec by inheritance alone."""
+
+    def encode(self, value: Any, /) -> Any:
+        return value.upper()
+
+
+def test_a_codec_that_inherits_is_asked() -> None:
+    """What inherits from BytesCodec is a codec as any other."""
+    gate = memory(Upper())
+    assert gate.pget(gate.start(300, {"x": "a"}), "x") == b"A"
+
+
+def test_a_type_that_holds_itself() -> None:
+    """A type may be recursive."""
+    for codec in (JSONCodec(), MsgpackCodec()):
+        gate = memory(codec)
+        tree = Node([Node(), Node([Node()])])
+        assert gate.pget(gate.start(300, {"x": tree}), "x", as_=Node) == tree
+
+
+@dataclass
+class Keyed:
+    """What has keys that JSON has to write as text."""
+
+    by_id: dict[UUID, int]
+
+
+def test_keys_that_are_no_text() -> None:
+    """Keys of a type come back as that type."""
+    one = Keyed({UUID(int=1): 2})
+    gate = memory(JSONCodec())
+    assert gate.pget(gate.start(300, {"x": one}), "x", as_=Keyed) == one
+
+
+def test_a_number_has_one_spelling() -> None:
+    """What pincr would refuse is no number in MessagePack either."""
+    with pytest.raises(PayloadDecodeError):
+        read(MSGPACK, b"-0")

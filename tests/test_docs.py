@@ -368,14 +368,15 @@ def documented(owner: object) -> list[tuple[str, object]]:
 
 
 def with_examples() -> list[object]:
-    """Each public module, class and function of which a docstring holds an example."""
+    """Each module, class and function of which a docstring holds an example."""
     public: list[object] = []
     for module in public_modules():
         public.append(module)
         public += (
             value
             for name, value in vars(module).items()
-            if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
+            if getattr(value, "__module__", "") == module.__name__
+            and (inspect.isclass(value) or not name.startswith("_"))  # two may have a base
         )
     return [owner for owner in public if any(examples(*each) for each in documented(owner))]
 
@@ -425,6 +426,10 @@ def test_every_public_method_has_an_example() -> None:
         and not getattr(value, "_is_protocol", False)  # its methods are the reader's to write
     ]
     assert sessiongate.SessionGate in classes
-    for owner in classes:
-        for name, value in documented(owner):
-            assert not callable(value) or examples(name, value), f"{name} has no example"
+    bases = {base for owner in classes for base in owner.__mro__}
+    for owner in bases:
+        if owner.__module__.startswith("sessiongate."):
+            for name, value in documented(owner):
+                is_shown = not callable(value) or inspect.isclass(value) or examples(name, value)
+                assert is_shown, f"{name} has no example"
+    assert all(examples(owner.__name__, owner) for owner in classes)

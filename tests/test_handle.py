@@ -2153,3 +2153,124 @@ def test_what_could_not_be_made_can_be_shown(backend: Backend, gate: AnyGate) ->
     for copied in (copy, deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="neither copied nor pickled"):
             copied(gate.open(token))
+
+
+@dataclass
+class Tree:
+    """What can be changed far inside."""
+
+    trees: list["Tree"] = field(default_factory=list)
+
+
+@both
+@in_memory
+def test_what_is_changed_back_after_it_was_saved(gate: AnyGate) -> None:
+    """A value of a type that is changed, saved and changed back is stored as it was first."""
+    token = gate.start(300, {"x": {"trees": []}})
+    with opened(gate, token) as session:
+        tree = session.get("x", as_=Tree)
+        assert tree
+        tree.trees.append(Tree())
+        session.save()
+        tree.trees.pop()
+    assert gate.pget(token, "x") == {"trees": []}
+
+
+@both
+@in_memory
+def test_what_is_inside_of_a_tuple(gate: AnyGate) -> None:
+    """A tuple does not change, but what it holds may, and is stored."""
+    with opened(gate, None) as session:
+        held: list[int] = [1]
+        session["a"] = (held,)
+        session.save()
+        held.append(2)
+    assert gate.pget(str(session.token), "a") == [[1, 2]]
+
+
+@both
+@in_memory
+def test_the_type_that_a_value_has_is_that_value(gate: AnyGate) -> None:
+    """What is asked for as the type that it is of is the object that was read."""
+    with opened(gate, gate.start(300, {"a": [1]})) as session:
+        held: Any = session["a"]
+        same: object = session.get("a", as_=list)
+        assert same is held
+        held.append(2)
+    assert gate.pget(str(session.token), "a") == [1, 2]
+
+
+@both
+@in_memory
+def test_a_block_that_could_not_store_is_over(gate: AnyGate) -> None:
+    """After a block whose changes could not be stored nothing more is assigned."""
+    token = gate.start(300)
+    with suppress(SessionNotFoundError), opened(gate, token) as session:
+        session["a"] = 1
+        gate.end(token)
+    with pytest.raises(HandleError, match="block is over"):
+        session["a"] = 2
+
+
+@both
+@in_memory
+def test_arguments_without_a_session(gate: AnyGate) -> None:
+    """What is no grace or no subject is told at once, whether there is a session or not."""
+    with pytest.raises(ArgumentError):
+        opened(gate, None).renew(grace=-1)
+    with pytest.raises(ArgumentError):
+        opened(gate, None).renew(grace=5, subject="alice")
+    with pytest.raises(ArgumentError):
+        opened(gate, None, subject="")
+
+
+@both
+@in_memory
+def test_names_are_of_a_session_that_was_there(gate: AnyGate) -> None:
+    """Of a session that the handle started it knows all, named or not."""
+    session = opened(gate, None, names=["a"])
+    session["a"] = 1
+    session.save()
+    with pytest.raises(PayloadNotFoundError):
+        session["b"]
+
+
+@both
+@in_memory
+def test_a_payload_with_an_end_of_its_own_is_deleted(raw: AnyGate) -> None:
+    """By a handle and by pset_many as any other payload."""
+    token = raw.start(300)
+    raw.pset(token, "code", "1", ttl=100)
+    with opened(raw, token) as session:
+        del session["code"]
+    assert raw.pall(token) == {}
+    raw.pset(token, "code", "1", ttl=100)
+    raw.pset_many(token, {}, delete=["code"])
+    assert raw.pall(token) == {}
+
+
+@pytest.mark.parametrize("flavour", ["async"], indirect=True)
+@in_memory
+def test_tasks_that_load_renew_and_end_at_once(backend: Backend) -> None:
+    """Of several tasks that do the same to a session one does it, and none fails."""
+    gate = cast("Any", backend.gate(codec=JSONCodec())).awaited
+
+    async def use() -> None:
+        session = gate.open(await gate.start(300, {"a": [1]}))
+        sent: list[object] = []
+        run = session._run
+
+        async def slowly(command: object) -> object:
+            sent.append(command)
+            await asyncio.sleep(0)
+            return await run(command)
+
+        session._run = slowly
+        await asyncio.gather(session.load(), session.load())
+        assert len(sent) == 1
+        await asyncio.gather(session.end(), session.end())
+        assert len(sent) == 2
+        await asyncio.gather(session.renew(subject="alice"), session.renew(subject="alice"))
+        assert len(await gate.sessions("alice")) == 1
+
+    backend.flavour.runner.run(use())

@@ -154,6 +154,11 @@ def commands_of(gate: SessionGate) -> "Commands":
     return inside._commands
 
 
+def read_by_handle(gate: SessionGate, token: str, fields: tuple[bytes, ...] | None) -> object:
+    commands = commands_of(gate)
+    return gate._run(commands.open(commands.session(token), fields))
+
+
 def sent_again(gate: SessionGate, subject: str | None = None) -> None:
     """A start that is sent again, twice; the first to be sent is the last to arrive."""
     first = commands_of(gate).start(300, None, subject)
@@ -206,10 +211,8 @@ OPERATIONS: dict[str, Callable[[SessionGate, Scene], object]] = {
     "pset gone": lambda gate, scene: gate.pset(scene.session(), "user", "y", ttl=0),
     "pset_many": lambda gate, scene: gate.pset_many(scene.timed(), {"user": "y", "new": "x"}),
     "pset_many deletes": lambda gate, scene: gate.pset_many(scene.timed(), {}, delete=["user"]),
-    "open": lambda gate, scene: gate._run(commands_of(gate).open(scene.timed(), None)),
-    "open long unused": lambda gate, scene: gate._run(
-        commands_of(gate).open(scene.long_unused(), (b":user",))
-    ),
+    "open": lambda gate, scene: read_by_handle(gate, scene.timed(), None),
+    "open long unused": lambda gate, scene: read_by_handle(gate, scene.long_unused(), (b":user",)),
     "pget": lambda gate, scene: gate.pget(scene.session(), "user"),
     "pget timed": lambda gate, scene: gate.pget(scene.timed(), "user"),
     "pget long unused": lambda gate, scene: gate.pget(scene.long_unused(), "user"),

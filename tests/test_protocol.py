@@ -2421,7 +2421,7 @@ def commands_of_the_library() -> Iterator[AnyCommand]:
     yield commands.pset(token, "a", "1")
     yield commands.pset(token, "a", "1", if_absent=True)
     yield commands.pset_many(token, {})
-    yield commands.open(token, None)
+    yield commands.open(commands.session(token), None)
     yield commands.pget(token, "a")
     yield commands.pget_many(token, ["a"])
     yield commands.pall(token)

@@ -36,6 +36,7 @@ from sessiongate.cipher import by_bindings, direct
 from sessiongate.command import Answer, AnyCommand
 from sessiongate.sealing import SealingKeyRing, new_sealing_key, sealed_by, sealing_key_id
 from sessiongate.tokens import SignKeyRing
+from sessiongate.values import Values
 
 from .conftest import CLUSTERED, SIGN_KEY, Backend, Flavour, apart, end_of
 from .proxy import Proxy
@@ -132,6 +133,29 @@ def test_what_is_no_sealing_key(key: Any, message: str) -> None:
             assert str(one) not in str(caught.value)
     with pytest.raises(ConfigurationError, match=message):
         AsyncSessionGate.from_url("memory://", sign_key=SIGN_KEY, sealing_key=key)
+
+
+@pytest.mark.parametrize("sign_key", [f"{OLD}\n", f" {OLD}".encode()])
+def test_a_sign_key_with_blanks_is_no_other_secret(sign_key: str | bytes) -> None:
+    """One secret for both is refused however it is spelt, with a newline behind it too."""
+    with pytest.raises(ConfigurationError, match="both a sign_key and a sealing_key"):
+        SessionGate.from_url("memory://", sign_key=sign_key, sealing_key=OLD)
+
+
+def test_every_payload_has_a_nonce_of_its_own() -> None:
+    """Payloads of one call are sealed under nonces of their own; so are those of a sign-in."""
+    values: Values[Any, Any] = Values(None, SealingKeyRing(OLD))
+    payloads = (b":a", b"1", b":b", b"1", b";c", b"1" * 13 + b"1")
+    sealed = values.sealed(b"key", payloads)
+    moved = values.moved(b"key", b"other", sealed, strict=True)
+    nonces = {held[-17 - 24 : -17] for held in (*sealed[1::2], *moved[1::2])}
+    assert len(nonces) == 6
+
+
+def test_what_is_no_key_id() -> None:
+    """Of sealed data that is cut within its head, no key is told."""
+    for length in range(len(SEALED)):
+        assert sealed_by(SEALED[:length]) == (KEY_ID if length >= 8 else None)
 
 
 def test_the_first_key_seals_and_all_open() -> None:
@@ -534,6 +558,8 @@ def test_every_operation_works_sealed(backend: Backend, client: Redis) -> None:
     data = b"John Doe \x00\xff"
     token = gate.start(300, {"user": data, "naïve": "žluť"}, idle_timeout=200)
     assert gate.pget(token, "user") == data
+    gate.pset(token, "User Ä", "capitals")
+    assert gate.pget(token, "User Ä") == gate.ppop(token, "User Ä") == b"capitals"
     gate.pset(token, "cart", "[]")
     gate.pset(token, "cart", b"[1]", ttl=100)
     gate.pset(token, "lang", "en", if_absent=True)

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from itertools import combinations, product
 from typing import NamedTuple, cast
 
@@ -206,17 +207,21 @@ def _tells_all(scene: Scene, result: object, _: Seen) -> bool:
 def _open(names: tuple[str, ...] | None) -> Callable[[SessionGate, Scene], object]:
     """What a handle sends, which reads at once here."""
     fields = names_arg(names) if names else None
-    return lambda gate, scene: gate._run(scene.gate._commands.open(scene.token, fields))
+
+    def read(gate: SessionGate, scene: Scene) -> object:
+        commands = scene.gate._commands
+        return gate._run(commands.open(commands.session(scene.token), fields))
+
+    return read
 
 
 def _tells_and_holds(*names: str) -> IsRight:
     held = {name.encode(): _PAYLOADS[name] for name in names}
 
-    def is_right(scene: Scene, result: object, _: Seen) -> bool:
+    def is_right(_scene: Scene, result: object, _seen: Seen) -> bool:
         assert isinstance(result, Opened)
-        info, stored = result.info, result.stored
-        sizes = {name: _SIZES[name] for name in names}
-        return stored == held and _tells(scene, scene.token, None, info, sizes)
+        left = (result.expires_at - datetime.now(UTC)).total_seconds()
+        return (result.stored, result.subject) == (held, None) and 0 < left <= _TTL
 
     return is_right
 
