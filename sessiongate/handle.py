@@ -696,8 +696,17 @@ class AsyncSession(_Handle[In, Out]):
     __slots__ = ("_lock",)
     _run: AsyncRun
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(  # noqa: PLR0913  # a gate alone makes it
+        self,
+        commands: Commands[In, Out],
+        run: AsyncRun,
+        token: str | bytes | None,
+        *,
+        names: Iterable[str] | None,
+        opening: Opening,
+        subject: str | None,
+    ) -> None:
+        super().__init__(commands, run, token, names=names, opening=opening, subject=subject)
         self._lock = asyncio.Lock()  # of several tasks, one after the other reads and stores
 
     async def load(self) -> Self:
