@@ -718,6 +718,6 @@ CAMPAIGNS = [
         "bytewise",
         "a proxy at every byte of every operation, each fault, both gates: 0 wrong outcomes",
         _run,
-        0.004,
+        0.0025,
     )
 ]

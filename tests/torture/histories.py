@@ -504,6 +504,6 @@ CAMPAIGNS = [
         "linearizability per session (an unanswered call may or may not have run): "
         "2,000 histories of 100 operations on one server",
         run,
-        0.016,
+        0.01,
     )
 ]

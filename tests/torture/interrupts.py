@@ -450,6 +450,6 @@ CAMPAIGNS = [
         "interrupts",
         "100,000 interrupted reads on server, sentinel and cluster: 0 foreign replies",
         _run_interrupts,
-        0.008,
+        0.005,
     ),
 ]
