@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -2273,3 +2273,52 @@ def test_tasks_that_load_renew_and_end_at_once(backend: Backend) -> None:
         assert len(await gate.sessions("alice")) == 1
 
     backend.flavour.runner.run(use())
+
+
+@dataclass
+class Part:
+    """A type that lacks most of what is stored."""
+
+    new: list[int] | None = None
+
+
+@in_memory
+@pytest.mark.parametrize("flavour", ["sync"], indirect=True)
+@pytest.mark.parametrize("sealing_key", [None, SEALING_KEY], ids=["plain", "sealed"])
+def test_whatever_types_a_payload_is_asked_for(backend: Backend, sealing_key: str | None) -> None:
+    """It is stored as it is in the application's hands, whole unless a narrower object changed."""
+    gate: AnyGate = backend.gate(codec=JSONCodec(), sealing_key=sealing_key)
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.lists(st.sampled_from(["assign", "grow", "part", "dict", "save"]), max_size=12))
+    def check(steps: list[str]) -> None:
+        whole: dict[str, Any] = {"x": 0}
+        token = gate.start(300, {"p": whole})
+        session = gate.open(token)
+        for number, step in enumerate(steps):
+            if step == "assign":
+                whole = {"x": number, "new": [number]}
+                session["p"] = deepcopy(whole)
+            elif step == "grow":
+                held = session["p"]
+                if isinstance(held, Part):
+                    held.new = [*(held.new or []), number]
+                    whole = {"new": held.new}
+                else:
+                    held["new"] = [*held.get("new", []), number]
+                    whole = deepcopy(held)
+            elif step == "part":
+                assert session.get("p", as_=Part) == Part(whole.get("new"))
+            elif step == "dict":
+                assert session.get("p", as_=dict) == whole
+            else:
+                session.save()
+                assert gate.pget(token, "p") == whole
+                gate.pset(token, "p", "of another request")
+                session.save()
+                assert gate.pget(token, "p") == "of another request"
+                gate.pset(token, "p", whole)
+        session.save()
+        assert gate.pget(token, "p") == whole
+
+    check()
