@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import sys
 import textwrap
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from secrets import token_bytes
 from typing import TextIO
 from urllib.parse import urlsplit
@@ -116,7 +118,16 @@ def demo(url: str, screen: Screen) -> None:
     screen.line()
     screen.line(screen.dim("Times of a second run: the first connected and registered scripts."))
     if shown == MEMORY_URL:
-        screen.line(screen.dim("On a server: sessiongate demo --url redis://localhost:6379"))
+        screen.line(screen.dim(f"On a server: {_command()} demo --url redis://localhost:6379"))
+
+
+def _command() -> str:
+    """How to call this program again, from where it was called."""
+    called = Path(sys.argv[0])
+    if called.name != "sessiongate":
+        return "python -m sessiongate"
+    found = shutil.which(called.name)
+    return called.name if found and called.samefile(found) else os.path.relpath(called)
 
 
 def without_secrets(url: str) -> str:

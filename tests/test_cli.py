@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -407,6 +408,11 @@ def test_as_a_process(way: str) -> None:
     good = subprocess.run([*command, "demo"], capture_output=True, check=False, text=True)
     assert (good.returncode, good.stderr) == (0, "")
     assert rows(good.stdout)[-1].answer.startswith("SessionNotFoundError: ")
+    # Its last line can be copied, from this folder.
+    told = good.stdout.splitlines()[-1].removeprefix("On a server: ").partition(" demo --url ")[0]
+    called = shutil.which("sessiongate") if told == "sessiongate" else told
+    assert called
+    assert called == "python -m sessiongate" if way == "module" else Path(called).samefile(script)
     bad = subprocess.run(
         [*command, "demo", "--url", NOBODY_THERE], capture_output=True, check=False, text=True
     )
