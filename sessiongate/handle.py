@@ -83,7 +83,7 @@ class _Payload:
 
 
 def _is_assigned(payload: _Payload) -> bool:
-    return payload.value is not _UNKNOWN and payload.data is None
+    return payload.is_pending or (payload.value is not _UNKNOWN and payload.data is None)
 
 
 class _Change(NamedTuple):
@@ -401,7 +401,7 @@ class _Handle(MutableMapping[str, Out], Generic[In, Out]):
 
     def _check_writable(self) -> None:
         if self._is_over:
-            raise HandleError("the block is over, and its changes are stored: open the token again")
+            raise HandleError("the block is over: to change more, open the token again")
 
     def _value(self, name: str, as_: Any) -> Any:
         payload, values = self._find(name), self._commands.values

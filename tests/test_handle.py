@@ -2048,6 +2048,7 @@ def forget(sessions: list[AnySession]) -> None:
 
 FORGOTTEN: dict[str, Callable[[AnySession], object]] = {
     "assigned": lambda session: session.update(a=1),
+    "assigned and asked for": lambda session: (session.update(a={}), session.get("a", as_=Part)),
     "deleted": lambda session: session.pop("cart"),
     "cleared": lambda session: session.clear(),
 }
