@@ -25,7 +25,7 @@ _match_v2 = re.compile(r"v2\.([A-Za-z0-9]{16})\.([1-9][0-9]{0,17})\.([0-9a-f]{64
 
 def is_spelt_as_token(text: str) -> bool:
     """Whether it could be a token, of whichever key."""
-    return bool(_match_v1(text) or _match_v2(text))
+    return text[:1] == "v" and bool(_match_v1(text) or _match_v2(text))
 
 
 class SignKeyRing:
