@@ -233,7 +233,7 @@ def decoded(decode: Callable[[bytes], T], data: bytes, name: str) -> T:
         return decode(data)
     except Exception:  # noqa: BLE001, S110  # whatever a codec of the application's raises
         pass
-    # Likewise; and in a frame without the data, since a traceback may show local variables.
+    # Outside the `except`, as in `encoded`; and without the data: a traceback may show variables.
     del data
     raise PayloadDecodeError(name)
 
@@ -267,7 +267,7 @@ def _members(value: object, places: dict[tuple[int, object], int]) -> "Counter[o
             within = places.setdefault((place, list), len(places) + 1)
             left += [(within, member) for member in value]
             value = list
-        members[place, isinstance(value, bool), value] += 1
+        members[place, value] += 1
     return members
 
 

@@ -798,7 +798,10 @@ def test_what_a_type_leaves_out_is_no_match(
     gate: Gate = backend.gate(codec=codec, sealing_key=sealing_key)
     left_out: list[tuple[object, Any]] = [
         ({"name": "Ann", "points": 1}, User),
+        ({"name": "Ann", "points": False}, User),  # as its `admin` is by default
         ({"name": "Ann", "gone": [1]}, Grown),
+        ({"name": "Ann", "gone": []}, Grown),
+        ({"name": "Ann", "gone": {}}, Grown),
         ([1, 1, 2], set[int]),
         ([1, 2, 2], set[int]),
         ([{"name": "Ann", "points": 1}], list[User]),
@@ -1277,3 +1280,25 @@ def test_a_number_has_one_spelling() -> None:
     """What pincr would refuse is no number in MessagePack either."""
     with pytest.raises(PayloadDecodeError):
         read(MSGPACK, b"-0")
+
+
+class Buffers(JSONCodec):
+    """A codec with values that have no hash; as a type, they are text without blanks."""
+
+    def encode(self, value: Any, /) -> Any:
+        return value if isinstance(value, str) else bytes(value)
+
+    def decode(self, data: bytes, /) -> Any:
+        return bytearray(data)
+
+    def decoder(self, as_: Any, /) -> Callable[[bytes], Any]:
+        return lambda data: data.decode().strip()
+
+
+def test_values_that_cannot_be_counted_conflict() -> None:
+    """Where it cannot be told whether a type leaves something out, nothing is stored."""
+    gate = memory(Buffers())
+    token = gate.start(300, {"x": " a"})
+    with pytest.raises(PayloadConflictError):
+        gate.pset(token, "x", "b", if_match=gate.pget(token, "x", as_=str), as_=str)
+    assert gate.pget(token, "x") == b" a"

@@ -2088,6 +2088,21 @@ def test_nothing_forgotten_is_not_told(gate: AnyGate, name: str) -> None:
 
 @both
 @in_memory
+def test_what_could_not_be_saved_is_told_once(gate: AnyGate) -> None:
+    """What `save` could not store is told by its error, and not again when the handle goes."""
+    token = gate.start(300)
+    sessions = [opened(gate, token)]
+    sessions[0]["a"] = 1
+    gate.end(token)
+    with warnings.catch_warnings(record=True) as told:
+        with suppress(SessionNotFoundError):
+            sessions[0].save()
+        forget(sessions)
+    assert not told
+
+
+@both
+@in_memory
 def test_an_error_in_the_block_forgets_on_purpose(gate: AnyGate) -> None:
     """What a block that raised did not store is told by its error alone."""
     with warnings.catch_warnings(record=True) as told:
