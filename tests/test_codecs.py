@@ -1291,7 +1291,7 @@ class Buffers(JSONCodec):
     def decode(self, data: bytes, /) -> Any:
         return bytearray(data)
 
-    def decoder(self, as_: Any, /) -> Callable[[bytes], Any]:
+    def decoder(self, _: Any, /) -> Callable[[bytes], Any]:
         return lambda data: data.decode().strip()
 
 

@@ -434,7 +434,10 @@ class Opened:
         """Everything that it holds: what was touched before is as it was touched."""
         if not self.is_read:
             self.is_read = True
-            self.data |= {name: as_told(value) for name, value in stored.items()}
+            # What it stored itself before it read is its own, whoever stored another since.
+            self.data = {
+                name: self.data.get(name, as_told(value)) for name, value in stored.items()
+            }
             unread = stored.keys() - self.held.keys() - self.touched
             self.held |= {name: deepcopy(stored[name]) for name in unread}
         return self.held

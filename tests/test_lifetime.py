@@ -245,8 +245,7 @@ def test_idle_sessions_end(client: Redis, gate: SessionGate) -> None:
         return gate.start(ttl, **{**options, **more})  # type: ignore[arg-type]  # options are start's own
 
     used = {name: (start(), use) for name, use in USES.items()}
-    begun = time.monotonic()
-    to_its_end, ending = start(2), start(1, idle_timeout=300)
+    ending = start(1, idle_timeout=300)
     unused, verified, listed = start(), start(), start(subject="alice")
     prolonged = start(1)
     gate.expire(prolonged, 300)
@@ -254,6 +253,8 @@ def test_idle_sessions_end(client: Redis, gate: SessionGate) -> None:
     gate.expire(shortened, 1)
     renewed = gate.renew(start())
     signed_in = gate.renew(start(), subject="bob")
+    to_its_end = start(2)
+    begun = time.monotonic()  # all of them have
     moved = [prolonged, renewed, signed_in, to_its_end]
 
     def sleep_until(seconds: float) -> None:
@@ -262,7 +263,7 @@ def test_idle_sessions_end(client: Redis, gate: SessionGate) -> None:
     def dead(*tokens: str) -> bool:
         return all(left_ms(client, gate, token) == -2 for token in tokens)
 
-    sleep_until(0.6)
+    sleep_until(0.5)
     for token, use in used.values():
         use(gate, token)
     for token in (ending, shortened, *moved):
